@@ -1,0 +1,71 @@
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "runtime/base/collectives.h"
+#include "runtime/base/error.h"
+#include "runtime/base/ids.h"
+
+namespace passel::cluster {
+
+enum class Role : uint8_t { kModel, kHost };
+
+// One rank, as all ranks know it after start.
+struct RankInfo {
+  RankId rank;
+  Role role = Role::kModel;
+  uint32_t index = 0;  // among the ranks of its role
+  std::string node;    // host name
+  int64_t pid = 0;
+  uint32_t node_host_ranks = 0;    // host ranks on the same node
+  uint64_t memory_bytes = 0;       // budget: KV and tables (host), device memory (model)
+  std::vector<std::byte> address;  // of its UCX worker
+};
+
+// MPI from MPI_Init_thread to MPI_Finalize. The only user of MPI but for MpiCollectives.
+class Launch {
+ public:
+  // Initialises MPI. Without mpirun the job is a single rank.
+  Launch(int* argc, char*** argv);
+  ~Launch();
+  Launch(const Launch&) = delete;
+  Launch& operator=(const Launch&) = delete;
+
+  int world_rank() const;
+  int world_size() const;
+
+  // Runs `step` on every rank and compares how it ended. If it threw on any rank, every rank
+  // throws: the lowest failing rank its own error, the others SilentError of the same class, so
+  // that one message reaches the user. Every rank must call it.
+  void Agree(const std::function<void()>& step);
+
+  // Roles by `model_ranks`, or by `role` where given (MPMD: then on every rank). Throws (through
+  // Agree) where the world is too small or the config hashes of the ranks differ, and names them.
+  // Fills everything of RankInfo but memory_bytes and address.
+  std::vector<RankInfo> AssignRoles(uint32_t model_ranks, std::optional<Role> role,
+                                    uint64_t config_hash);
+  // Gathers memory_bytes and address from every rank into `ranks`, and a nonce that rank 0 drew.
+  uint64_t Exchange(std::vector<RankInfo>& ranks, uint64_t memory_bytes,
+                    std::span<const std::byte> address);
+
+  // Collectives of the model ranks; null on host ranks. Every rank must call it.
+  std::unique_ptr<Collectives> MakeModelCollectives(std::span<const RankInfo> ranks);
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+// An error that another rank reports; main exits with its code and prints nothing.
+class SilentError : public Error {
+ public:
+  using Error::Error;
+};
+
+}  // namespace passel::cluster

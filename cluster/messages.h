@@ -1,0 +1,133 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "runtime/base/bf16.h"
+#include "runtime/base/ids.h"
+
+namespace passel::cluster {
+
+// Payloads of the hot frames. Each is an array of fixed-size entries (FrameHeader::count of them),
+// padded to 16 bytes, then their data back to back, in entry order. All little-endian. The sizes
+// follow from the entries and from what both sides know of the model; Parse… checks every field
+// against that before anything is touched and returns nullopt with the reason in `why`.
+
+// What both sides of the wire know.
+struct WireShape {
+  uint32_t layers = 0;
+  uint32_t kv_heads = 0;
+  uint32_t group = 1;
+  uint32_t head_dim = 0;
+  uint32_t l = 0;           // codes of a vector
+  uint64_t max_tokens = 0;  // of one request (context limit)
+  uint32_t max_entries = 65536;
+};
+
+// kQuery. Data of an entry: q: [kv_heads·group, head_dim] f32, then, unless exact, codes:
+// [kv_heads·group, l] u16, padded to 16 bytes.
+struct QueryEntry {
+  uint64_t request;
+  uint64_t offloaded_tokens;
+  uint32_t first_kv_head;
+  uint32_t kv_heads;
+  uint32_t exact;  // 0 or 1
+  uint32_t row;    // of the micro-batch; comes back in the partial
+};
+static_assert(sizeof(QueryEntry) == 32);
+
+// kPartial. Data of an entry: max: [group] f32, den: [group] f32, num: [group, head_dim] f32,
+// padded to 16 bytes.
+struct PartialEntry {
+  uint64_t request;
+  uint64_t sampled_tokens;  // summed over the group's query heads
+  uint32_t row;
+  uint32_t kv_head;
+  int32_t segment;  // −1: this host's segments, merged
+  uint32_t status;  // 0, or host::Status of a query that could not be answered
+};
+static_assert(sizeof(PartialEntry) == 32);
+
+// kKv. Data of an entry: rows: [count, 2, head_dim] bf16 (K then V), then, where has_codes, codes:
+// [count, l] u16, padded to 16 bytes. FrameHeader::layer is the layer of all entries.
+struct KvEntry {
+  uint64_t request;
+  uint64_t first_token;  // offloaded tokens, from 0
+  uint32_t kv_head;
+  uint32_t count;
+  uint32_t has_codes;  // 0 or 1
+  uint32_t reserved;   // zero
+};
+static_assert(sizeof(KvEntry) == 32);
+
+// kKeyMean. Data of an entry: mean: [head_dim] f32, padded to 16 bytes.
+struct KeyMeanEntry {
+  uint64_t request;
+  uint32_t kv_head;
+  uint32_t reserved;  // zero
+};
+static_assert(sizeof(KeyMeanEntry) == 16);
+
+// Largest payload of any hot frame; senders split above it, receivers drop.
+inline constexpr uint64_t kMaxPayloadBytes = 16u << 20;
+inline constexpr uint64_t kMaxControlBytes = 1u << 20;
+
+struct QueryView {
+  const QueryEntry* entry;
+  std::span<const float> q;
+  std::span<const uint16_t> codes;  // empty where exact
+};
+struct PartialView {
+  const PartialEntry* entry;
+  std::span<const float> max, den, num;
+};
+struct KvView {
+  const KvEntry* entry;
+  std::span<const bf16> rows;
+  std::span<const uint16_t> codes;  // empty where not has_codes
+};
+struct KeyMeanView {
+  const KeyMeanEntry* entry;
+  std::span<const float> mean;
+};
+
+// `payload` must be aligned to 16 bytes; the views point into it.
+std::optional<std::vector<QueryView>> ParseQuery(const WireShape& shape, uint32_t count,
+                                                 std::span<const std::byte> payload,
+                                                 std::string* why);
+std::optional<std::vector<PartialView>> ParsePartial(const WireShape& shape, uint32_t count,
+                                                     std::span<const std::byte> payload,
+                                                     std::string* why);
+std::optional<std::vector<KvView>> ParseKv(const WireShape& shape, uint32_t count,
+                                           std::span<const std::byte> payload, std::string* why);
+std::optional<std::vector<KeyMeanView>> ParseKeyMean(const WireShape& shape, uint32_t count,
+                                                     std::span<const std::byte> payload,
+                                                     std::string* why);
+
+// Payloads with their entries written and their data spaces ready to be filled through the
+// (mutable) spans that come back, in entry order.
+struct QuerySpace {
+  std::span<float> q;
+  std::span<uint16_t> codes;
+};
+struct PartialSpace {
+  std::span<float> max, den, num;
+};
+struct KvSpace {
+  std::span<bf16> rows;
+  std::span<uint16_t> codes;
+};
+std::vector<std::byte> BuildQuery(const WireShape& shape, std::span<const QueryEntry> entries,
+                                  std::vector<QuerySpace>* spaces);
+std::vector<std::byte> BuildPartial(const WireShape& shape, std::span<const PartialEntry> entries,
+                                    std::vector<PartialSpace>* spaces);
+std::vector<std::byte> BuildKv(const WireShape& shape, std::span<const KvEntry> entries,
+                               std::vector<KvSpace>* spaces);
+std::vector<std::byte> BuildKeyMean(const WireShape& shape, std::span<const KeyMeanEntry> entries,
+                                    std::vector<std::span<float>>* spaces);
+
+}  // namespace passel::cluster

@@ -1,0 +1,168 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <string>
+
+#include "runtime/base/bf16.h"
+
+namespace passel::gpu {
+
+enum class DType : uint8_t { kF32, kBf16, kI32, kU16 };
+size_t SizeOf(DType type);
+
+// Memory of a device, owned. Counted against the device's limit; freed on destruction.
+class Buffer {
+ public:
+  virtual ~Buffer() = default;
+  virtual void* data() const = 0;
+  virtual size_t bytes() const = 0;
+};
+
+// A row-major matrix in device memory, not owned. Rows may be further apart than `cols`.
+struct Tensor {
+  void* data = nullptr;
+  DType type = DType::kF32;
+  int64_t rows = 0;
+  int64_t cols = 0;
+  int64_t stride = 0;  // elements between rows
+
+  Tensor Rows(int64_t begin, int64_t count) const;
+  Tensor Cols(int64_t begin, int64_t count) const;
+};
+
+// A weight matrix in the device's own layout: y = x Wᵀ with W: [out_features, in_features].
+class Linear {
+ public:
+  virtual ~Linear() = default;
+  virtual int64_t in_features() const = 0;
+  virtual int64_t out_features() const = 0;
+};
+// Writes rows [begin, begin + count) of a [rows, in_features] weight as bf16 to `out`, row-major.
+// Called from several threads at once, for disjoint ranges.
+using RowReader = std::function<void(int64_t begin, int64_t count, bf16* out)>;
+
+// Attention shapes of this model rank (after tensor-parallel slicing).
+struct AttentionShape {
+  int32_t heads = 0;
+  int32_t kv_heads = 0;
+  int32_t head_dim = 0;
+  float scale = 0;  // 1/√head_dim
+  int32_t group() const { return heads / kv_heads; }
+};
+
+// The KV cache of one request and layer on the device, as pages of `kKvPageTokens` token slots. A
+// page is [kKvPageTokens, kv_heads, 2, head_dim] bf16 (K then V). Slots are filled in any order;
+// attention covers slots [0, tokens).
+inline constexpr int32_t kKvPageTokens = 64;
+struct KvView {
+  std::span<const int32_t> pages;  // host memory; page numbers in the device's KV pool
+  int64_t tokens = 0;              // valid slots
+};
+
+// Partial results of a batch: max, den: [n, heads] f32; num: [n, heads, head_dim] f32; device
+// memory.
+struct Partials {
+  Tensor max;
+  Tensor den;
+  Tensor num;
+};
+
+// Completion of all work issued before it was recorded.
+class Event {
+ public:
+  virtual ~Event() = default;
+  virtual bool Done() = 0;  // never blocks
+  virtual void Wait() = 0;
+};
+
+struct DeviceInfo {
+  std::string backend;        // "CPU" or "CUDA"
+  std::string name;           // "Intel … (AVX-512, BF16)", "NVIDIA H100 80GB HBM3"
+  uint64_t memory_bytes = 0;  // budget of this rank
+};
+
+// What a model rank computes with. Work is issued in order and may run asynchronously; results are
+// in host-readable memory after an Event recorded behind them is done. One thread issues.
+// Shapes: n = rows of the batch (decode: one a sequence; prefill: the tokens of a chunk).
+// Throws Error{kMemory} where a budget does not suffice, Error{kBug} for shapes that do not agree.
+class Device {
+ public:
+  virtual ~Device() = default;
+
+  virtual DeviceInfo info() const = 0;
+  // Type of what feeds a MatMul: bf16, or f32 on a CPU without bf16 arithmetic.
+  virtual DType activation_type() const = 0;
+  virtual std::unique_ptr<Buffer> Allocate(size_t bytes) = 0;
+  // Host memory that transfers to and from the device go through fast (pinned), 64-byte aligned.
+  virtual std::unique_ptr<Buffer> AllocateStaging(size_t bytes) = 0;
+  virtual uint64_t allocated_bytes() const = 0;
+  virtual void CopyToDevice(void* device, const void* host, size_t bytes) = 0;
+  virtual void CopyToHost(void* host, const void* device, size_t bytes) = 0;
+  virtual std::unique_ptr<Event> Record() = 0;
+
+  virtual std::unique_ptr<Linear> MakeLinear(int64_t out_features, int64_t in_features,
+                                             const RowReader& rows) = 0;
+  // out: [n, out_features] f32. Same bits for a row whatever n is, when deterministic.
+  virtual void MatMul(const Linear& w, Tensor x, Tensor out) = 0;
+
+  // out[i] = table[ids[i]], f32. table: [vocab, hidden] bf16. ids: host memory, validated by the
+  // caller.
+  virtual void Embed(Tensor table, std::span<const int32_t> ids, Tensor out) = 0;
+  // residual += delta (where delta.data is set); out = residual / rms(residual) · weight.
+  // residual, delta: [n, hidden] f32; weight: [1, hidden] f32; out: activation_type or f32.
+  virtual void AddRmsNorm(Tensor residual, Tensor delta, Tensor weight, float eps, Tensor out) = 0;
+  // Rotates pairs (j, j + head_dim/2) of each head in place. x: [n, heads·head_dim] f32;
+  // inv_freq: head_dim/2 values in host memory; positions: host memory, [n].
+  virtual void Rope(Tensor x, int32_t head_dim, std::span<const float> inv_freq,
+                    std::span<const int64_t> positions) = 0;
+  // out = silu(gate) · up; gate_up: [n, 2·ffn] f32 (gate first); out: [n, ffn] activation_type.
+  virtual void SiluMul(Tensor gate_up, Tensor out) = 0;
+  virtual void Convert(Tensor in, Tensor out) = 0;
+
+  // Reserves the KV pool: `pages` pages of this shape. Page numbers are the caller's to hand out.
+  virtual void CreateKvPool(const AttentionShape& shape, int32_t pages) = 0;
+  // k, v: [n, kv_heads·head_dim] f32 or bf16; row i goes to slot slots[i] of pages.
+  virtual void StoreKv(std::span<const int32_t> pages, std::span<const int64_t> slots, Tensor k,
+                       Tensor v) = 0;
+  // Reads slots back as bf16: k, v: [n, kv_heads·head_dim].
+  virtual void LoadKv(std::span<const int32_t> pages, std::span<const int64_t> slots, Tensor k,
+                      Tensor v) = 0;
+  // Exact attention of one query row per sequence over its view. q: [n, heads·head_dim] f32.
+  virtual void DecodeAttention(Tensor q, std::span<const KvView> views, Partials out) = 0;
+  // Causal attention of a prefill chunk: query row i stands at position start + i and sees keys
+  // 0 … start + i (the last `window` of them where window > 0). q: [n, heads·head_dim] f32;
+  // k, v: [≥ start + n, kv_heads·head_dim] bf16; out: [n, heads·head_dim] activation_type.
+  virtual void CausalAttention(const AttentionShape& shape, Tensor q, Tensor k, Tensor v,
+                               int64_t start, int64_t window, Tensor out) = 0;
+
+  // Sets R: [head_dim, k·l] f32 row-major in host memory.
+  virtual void SetProjections(std::span<const float> r, int32_t head_dim, int32_t k, int32_t l) = 0;
+  // SimHash codes: x: [n, heads·head_dim] f32 or bf16, minus mean: [1, heads·head_dim] f32 (where
+  // mean.data is set); codes: [n, heads·l] u16, bit b of table t = (x·R[:, t·k + b] > 0).
+  virtual void HashCodes(Tensor x, Tensor mean, Tensor codes) = 0;
+  // mean: [1, cols] f32 of the rows of x (f32 or bf16), summed in float64 on CPUs.
+  virtual void ColumnMean(Tensor x, Tensor mean) = 0;
+
+  // into ← into ∪ from, row i of `from` into row rows[i] and heads first_heads[i] … of `into`.
+  // from: host or device-readable staging memory laid out as in cluster/messages.h is unpacked by
+  // the caller into Partials whose rows cover `from.max.cols` heads.
+  virtual void MergePartials(Partials into, Partials from, std::span<const int32_t> rows,
+                             std::span<const int32_t> first_heads) = 0;
+  // out = num / den; out: [n, heads·head_dim] activation_type. den = 0 gives 0.
+  virtual void NormalizePartials(Partials partials, Tensor out) = 0;
+};
+
+struct DeviceOptions {
+  uint64_t memory_limit_bytes = 0;  // 0: what the device has
+  int32_t threads = 0;              // CPU backend; 0: the affinity mask's
+  bool deterministic = false;
+};
+std::unique_ptr<Device> MakeCpuDevice(const DeviceOptions& options);
+// Null where the build has no CUDA backend or the machine no usable GPU; `why` then says which.
+std::unique_ptr<Device> MakeCudaDevice(const DeviceOptions& options, std::string* why);
+
+}  // namespace passel::gpu

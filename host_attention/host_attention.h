@@ -1,0 +1,146 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "runtime/base/bf16.h"
+#include "runtime/base/ids.h"
+#include "runtime/base/partial.h"
+
+namespace passel::host {
+
+enum class Estimator : uint8_t { kFull, kLsh, kTopK, kOracleSample };
+enum class KvType : uint8_t { kBf16, kInt8 };
+
+// What one host rank computes; the same on every host rank of a job.
+struct Options {
+  Estimator estimator = Estimator::kLsh;
+  uint32_t head_dim = 0;  // a multiple of 16
+  uint32_t group = 1;     // query heads per KV head
+  uint32_t k = 10;        // bits a table, ≤ 16
+  uint32_t l = 150;       // tables, ≤ 1,024
+  KvType kv_type = KvType::kBf16;
+  uint64_t block_tokens = 49152;  // ≤ 65,536
+  uint64_t memory_bytes = 0;      // budget of everything below
+  uint32_t threads = 0;           // 0: the affinity mask's
+  bool deterministic = false;     // partials per block, in block order, fixed ISA level
+  uint64_t seed = 0;              // ORACLE_SAMPLE
+};
+
+// A segment: a run of tokens of one (request, layer, KV head) that lives on one host. Token numbers
+// count offloaded tokens from 0. Prompt segments are sealed when full. Generated segments grow:
+// open end, then small blocks, then larger ones, at points that depend on the token count alone.
+struct SegmentSpec {
+  uint64_t first_token = 0;
+  uint64_t capacity = 0;
+  bool prompt = false;
+};
+// The segments of a request whose prompt leaves `prompt_tokens` offloaded tokens and which may
+// generate up to `generated_tokens` more; a pure function, known to every rank. Prompt segments are
+// of equal size (±1), at most block_tokens.
+std::vector<SegmentSpec> PlanSegments(uint64_t prompt_tokens, uint64_t generated_tokens,
+                                      uint64_t block_tokens);
+// Bytes that a segment needs at most, all in (rows, tables, scratch); what Open reserves.
+uint64_t SegmentBytes(const Options& options, const SegmentSpec& spec);
+
+struct OpenSpec {
+  RequestId request;
+  uint32_t layers = 0;  // offloaded layers are numbered by the model; any layer below this may come
+  // The (KV head, segment number) pairs that this host holds, for each layer in `layer_mask`.
+  std::vector<uint32_t> layer_list;
+  struct Part {
+    uint32_t kv_head;
+    uint32_t segment;
+    SegmentSpec spec;
+  };
+  std::vector<Part> parts;
+};
+
+struct KeyMean {
+  RequestId request;
+  uint32_t layer, kv_head;
+  std::span<const float> mean;  // [head_dim]
+};
+
+// Tokens [first_token, first_token + count) of one (request, layer, KV head); all in one segment.
+// Idempotent: tokens that are there already are ignored.
+struct AppendSpan {
+  RequestId request;
+  uint32_t layer, kv_head;
+  uint64_t first_token;
+  uint32_t count;
+  const bf16* rows;       // [count, 2, head_dim]: K then V of each token
+  const uint16_t* codes;  // [count, l]; null where the estimator needs none
+};
+
+struct QueryItem {
+  RequestId request;
+  uint32_t kv_head;
+  uint64_t offloaded_tokens;  // tokens [0, this) are attended, those of them that live here
+  bool exact;                 // short context or dense layer: u = 1 for all
+  const float* q;             // [group, head_dim]
+  const uint16_t* codes;      // [group, l]; null where exact
+};
+
+// Result of one QueryItem over one segment (deterministic) or all of this host's (segment = −1).
+struct PartialItem {
+  uint32_t item;  // index of the QueryItem
+  int32_t segment;
+  std::vector<uint64_t> sampled;  // [group] tokens that contributed
+  std::vector<float> max, den;    // [group]
+  std::vector<float> num;         // [group, head_dim]
+};
+
+struct AttendBatch {
+  uint32_t layer = 0;
+  std::vector<QueryItem> items;
+};
+
+enum class Status : uint8_t {
+  kOk,
+  kUnknownRequest,  // never opened, or released
+  kNotHere,         // no such segment on this host
+  kMissingTokens,   // asked for tokens that have not been appended
+  kBadArgument,
+};
+
+struct MemoryUsage {
+  uint64_t budget_bytes = 0;
+  uint64_t reserved_bytes = 0;
+  uint64_t kv_bytes = 0;     // in use by K and V rows
+  uint64_t table_bytes = 0;  // in use by tables, codes and norms
+};
+
+// The KV cache, LSH tables and attention of one host rank. Open, SetMean, Append, Release and
+// Attend are called by one thread; the work of Attend and of sealing and merging runs on a TBB
+// arena of `threads` threads. Hot calls return a status and never throw.
+class HostAttention {
+ public:
+  explicit HostAttention(const Options& options);
+  ~HostAttention();
+
+  // Reserves all memory the request may come to need here. Throws Error{kMemory}, naming need and
+  // budget; nothing is reserved then.
+  void Open(const OpenSpec& spec);
+  Status SetMean(const KeyMean& mean);
+  Status Append(const AppendSpan& span);
+  // Whether a query for this many tokens can be answered now (all rows of this host's segments
+  // below it are there; sealing, where due, is waited for inside Attend).
+  bool Ready(RequestId request, uint32_t layer, uint32_t kv_head, uint64_t offloaded_tokens) const;
+  // Starts; `done` runs on a thread of the arena. The batch's q and codes are valid until then.
+  Status Attend(AttendBatch batch, std::function<void(std::vector<PartialItem>)> done);
+  // Also while queries of the request run: memory goes when they are done.
+  void Release(RequestId request);
+  MemoryUsage usage() const;
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace passel::host

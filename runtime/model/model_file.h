@@ -1,0 +1,79 @@
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "runtime/base/bf16.h"
+#include "runtime/tokenizer/tokenizer.h"
+
+namespace passel::model {
+
+struct RopeScaling {  // "llama3" or "linear"
+  std::string type;
+  double factor = 1, low_freq_factor = 1, high_freq_factor = 4;
+  int64_t original_context = 8192;
+};
+
+// Architecture of a decoder-only transformer of the llama family.
+struct ModelConfig {
+  std::string architecture;  // "llama", "mistral", …
+  int32_t layers = 0;
+  int32_t hidden = 0;
+  int32_t heads = 0;
+  int32_t kv_heads = 0;
+  int32_t head_dim = 0;
+  int32_t ffn = 0;
+  int32_t vocab = 0;
+  float norm_eps = 1e-5f;
+  double rope_theta = 10000;
+  std::optional<RopeScaling> rope_scaling;
+  bool tied_embeddings = false;
+  int64_t context_length = 0;
+  int64_t sliding_window = 0;  // 0: none
+};
+
+// head_dim/2 inverse frequencies, scaling applied.
+std::vector<float> RopeInverseFrequencies(const ModelConfig& config);
+
+enum class WeightKind {
+  kTokenEmbedding,  // [vocab, hidden]
+  kOutputNorm,      // [1, hidden]
+  kOutput,          // [vocab, hidden]; the embedding where tied
+  kAttnNorm,        // [1, hidden]
+  kQ,               // [heads·head_dim, hidden]
+  kK,               // [kv_heads·head_dim, hidden]
+  kV,               // [kv_heads·head_dim, hidden]
+  kO,               // [hidden, heads·head_dim]
+  kFfnNorm,         // [1, hidden]
+  kGate,            // [ffn, hidden]
+  kUp,              // [ffn, hidden]
+  kDown,            // [hidden, ffn]
+};
+struct WeightId {
+  WeightKind kind;
+  int32_t layer = 0;  // where the kind has one
+};
+
+// A model on disk, memory-mapped. Everything in it was checked against the file's size on opening;
+// Q and K rows come in Hugging Face's order (rotate-half RoPE), whatever the file has. Thread-safe.
+class ModelFile {
+ public:
+  // `path`: a .gguf file or a Hugging Face directory. Throws Error{kModel}.
+  static std::unique_ptr<ModelFile> Open(const std::string& path);
+  virtual ~ModelFile() = default;
+
+  virtual const ModelConfig& config() const = 0;
+  // Rows [row, row + rows), columns [col, col + cols) of a weight, converted; out: [rows, cols].
+  virtual void Read(WeightId id, int64_t row, int64_t rows, int64_t col, int64_t cols,
+                    bf16* out) const = 0;
+  virtual void Read(WeightId id, int64_t row, int64_t rows, int64_t col, int64_t cols,
+                    float* out) const = 0;
+  virtual const TokenizerData& tokenizer() const = 0;
+  // Bytes of all weights in the file, for progress.
+  virtual uint64_t weight_bytes() const = 0;
+};
+
+}  // namespace passel::model

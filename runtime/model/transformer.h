@@ -1,0 +1,67 @@
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "gpu/device.h"
+#include "runtime/base/collectives.h"
+#include "runtime/model/model_file.h"
+
+namespace passel::model {
+
+// What one tensor-parallel rank holds. KV heads are cut into `size` runs of near-equal length; with
+// more ranks than KV heads, a KV head is held by several ranks, which then split its query heads.
+struct TensorSlice {
+  int32_t first_kv_head = 0, kv_heads = 0;
+  int32_t first_head = 0, heads = 0;  // query heads, all of kv_heads' groups unless replicated
+  int32_t first_ffn = 0, ffn = 0;
+  int32_t first_vocab = 0, vocab = 0;
+};
+TensorSlice SliceFor(const ModelConfig& config, int32_t rank, int32_t size);
+
+// The activations of a micro-batch or a prefill chunk: up to `rows` rows of device memory. `n` rows
+// are in use.
+struct Activations {
+  int64_t n = 0;
+  gpu::Tensor hidden;     // [n, hidden] f32, the residual stream
+  gpu::Tensor q, k, v;    // [n, heads·head_dim] f32, [n, kv_heads·head_dim] f32 ×2; views of qkv
+  gpu::Tensor attention;  // [n, heads·head_dim], activation type: what AfterAttention reads
+  gpu::Tensor qkv, normed, projected, gate_up, ffn, logits;
+  std::vector<std::unique_ptr<gpu::Buffer>> memory;
+};
+
+// A llama-family decoder on one device, as one tensor-parallel rank. Layers are two stages, before
+// and after attention; whoever attends in between (window, resident KV, host ranks) is not its
+// business. Neither stage blocks on anything but the device and the collectives.
+class Transformer {
+ public:
+  // Loads this rank's slice of the weights. `progress(bytes)` is called as weights arrive.
+  Transformer(const ModelFile& file, gpu::Device& device, Collectives& collectives,
+              const std::function<void(uint64_t)>& progress);
+  ~Transformer();
+
+  const ModelConfig& config() const;
+  const TensorSlice& slice() const;
+  gpu::AttentionShape attention_shape() const;  // of the slice
+
+  std::unique_ptr<Activations> MakeActivations(int64_t rows, bool with_logits) const;
+
+  // hidden = embedding of ids; sets n.
+  void Embed(Activations& a, std::span<const int32_t> ids) const;
+  // Norm, QKV, RoPE: fills q, k, v of rows [0, n). positions: [n].
+  void BeforeAttention(int32_t layer, Activations& a, std::span<const int64_t> positions) const;
+  // O-projection of `attention`, residual, norm, MLP, residual.
+  void AfterAttention(int32_t layer, Activations& a) const;
+  // Final norm and logits of rows [first, first + count): writes logits rows [0, count), all of the
+  // vocabulary, on every rank, f32.
+  void Logits(Activations& a, int64_t first, int64_t count) const;
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace passel::model

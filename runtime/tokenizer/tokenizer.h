@@ -1,0 +1,66 @@
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace passel {
+
+// What a tokenizer is made from, as found in a model file.
+struct TokenizerData {
+  enum class Kind { kByteLevelBpe, kSentencePieceBpe };
+  enum class TokenType : uint8_t { kNormal, kSpecial, kAdded, kByte, kUnknown };
+  Kind kind = Kind::kByteLevelBpe;
+  std::string pre_tokenizer;  // "smollm", "llama-bpe", "gpt-2", "qwen2", …
+  std::vector<std::string> tokens;
+  std::vector<TokenType> types;
+  std::vector<std::string> merges;  // "left right", in rank order
+  std::vector<float> scores;        // SentencePiece
+  int32_t bos = -1, eos = -1, unknown = -1;
+  std::vector<int32_t> stop;  // ids that end generation (eos, eot, …)
+  bool add_bos = false;
+  bool add_space_prefix = false;
+  std::string chat_template;  // Jinja text as in the file; recognised, not interpreted
+};
+
+struct ChatMessage {
+  std::string role;
+  std::string content;
+};
+
+class Tokenizer {
+ public:
+  // Throws Error{kModel} for data it cannot serve, naming what.
+  static std::unique_ptr<Tokenizer> Make(const TokenizerData& data);
+  virtual ~Tokenizer() = default;
+
+  // Token ids of UTF-8 text; special tokens in the text are recognised where `allow_special`.
+  // Invalid UTF-8 is encoded byte by byte. add_bos applies where the model asks for it.
+  virtual std::vector<int32_t> Encode(std::string_view text, bool allow_special) const = 0;
+  // The bytes of one token; special tokens give "" unless `keep_special`.
+  virtual std::string TokenBytes(int32_t id, bool keep_special) const = 0;
+  virtual int32_t vocab_size() const = 0;
+  virtual std::span<const int32_t> stop_ids() const = 0;
+  // The text that the chat template makes of messages, with the assistant's turn opened. Throws
+  // Error{kUsage} where the template is unknown or a role is not served.
+  virtual std::string ApplyChatTemplate(std::span<const ChatMessage> messages) const = 0;
+};
+
+// Turns tokens to text as they come; never splits a UTF-8 character.
+class Detokenizer {
+ public:
+  explicit Detokenizer(const Tokenizer& tokenizer) : tokenizer_(tokenizer) {}
+  // Bytes that became complete with this token; invalid sequences come out as U+FFFD.
+  std::string Push(int32_t id);
+  // What is left at the end (an incomplete character as U+FFFD).
+  std::string Flush();
+
+ private:
+  const Tokenizer& tokenizer_;
+  std::string pending_;
+};
+
+}  // namespace passel

@@ -1,0 +1,82 @@
+#pragma once
+
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "runtime/base/ids.h"
+#include "transport/frame.h"
+
+namespace passel::transport {
+
+// A frame on its way out. The payload's memory stays valid until `done` runs (once, on the owner
+// thread, also when the send was cancelled because the peer is gone).
+struct OutgoingFrame {
+  FrameHeader
+      header;  // the channel fills magic, version, nonce, epoch, source, sequence, payload_bytes
+  std::span<const std::byte> payload;
+  std::function<void()> done;
+
+  // A frame that owns its payload.
+  static OutgoingFrame Own(FrameHeader header, std::vector<std::byte> payload);
+};
+
+enum class PeerState { kConnected, kLost };
+
+// Counters since the start; frames that were dropped never reached the handler.
+struct ChannelStats {
+  uint64_t frames_sent = 0, bytes_sent = 0;
+  uint64_t frames_received = 0, bytes_received = 0;
+  uint64_t dropped_malformed = 0;  // magic, version, check, size, type or source
+  uint64_t dropped_nonce = 0;
+  uint64_t dropped_epoch = 0;
+};
+
+// Sends and receives frames between the ranks of one job. One thread owns a channel: it alone calls
+// everything but Post. Handlers run inside Progress, on that thread; they must not throw.
+class Channel {
+ public:
+  // The payload is valid during the call only, aligned to 16 bytes.
+  using FrameHandler = std::function<void(const FrameHeader&, std::span<const std::byte>)>;
+  using PeerHandler = std::function<void(RankId peer, const std::string& reason)>;
+
+  virtual ~Channel() = default;
+
+  virtual RankId self() const = 0;
+  virtual void SetFrameHandler(FrameHandler handler) = 0;
+  // Called once per peer that is found lost by the transport itself (not by heartbeats).
+  virtual void SetPeerLostHandler(PeerHandler handler) = 0;
+
+  // Starts a send and returns; order to one peer is kept for small frames, not between small and
+  // large ones. A frame to a lost peer is discarded (its `done` still runs).
+  virtual void Send(RankId to, OutgoingFrame frame) = 0;
+  // Send, from any thread: queued, and the owner thread woken from Wait.
+  virtual void Post(RankId to, OutgoingFrame frame) = 0;
+
+  // Advances communication without blocking; true if anything happened.
+  virtual bool Progress() = 0;
+  // Blocks until there is something to progress, a Post, a Wake, or the timeout.
+  virtual void Wait(std::chrono::milliseconds timeout) = 0;
+  // Ends a Wait, from any thread.
+  virtual void Wake() = 0;
+
+  // Bytes handed to Send or Post for this peer and not yet completed; for flow control.
+  virtual uint64_t PendingBytes(RankId to) const = 0;
+  // Frames of other epochs are dropped from here on.
+  virtual void SetEpoch(uint32_t epoch) = 0;
+  // Drops the connection at once; pending sends complete as cancelled.
+  virtual void ClosePeer(RankId peer) = 0;
+  virtual PeerState peer_state(RankId peer) const = 0;
+  virtual const ChannelStats& stats() const = 0;
+  // What carries the bytes, for people: "shared memory", "tcp (net0)", …
+  virtual std::string Describe(RankId peer) const = 0;
+
+  // Flushes what is pending (bounded by `timeout`) and closes. Must be called before destruction.
+  virtual void Close(std::chrono::milliseconds timeout) = 0;
+};
+
+}  // namespace passel::transport
