@@ -30,6 +30,8 @@ struct ModelConfig {
   float norm_eps = 1e-5f;
   double rope_theta = 10000;
   std::optional<RopeScaling> rope_scaling;
+  // GGUF's form of llama3 scaling: head_dim/2 divisors of the inverse frequencies; empty: none.
+  std::vector<float> rope_factors;
   bool tied_embeddings = false;
   int64_t context_length = 0;
   int64_t sliding_window = 0;  // 0: none

@@ -1,0 +1,329 @@
+#include "runtime/model/gguf.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <bit>
+#include <cstring>
+#include <limits>
+#include <optional>
+#include <utility>
+
+#include "runtime/base/checked_math.h"
+#include "runtime/base/error.h"
+
+namespace passel::model {
+
+static_assert(std::endian::native == std::endian::little, "GGUF is read in place");
+
+// Reads the header from front to back; every read is checked against the end of the file.
+class GgufParser {
+ public:
+  explicit GgufParser(GgufFile& out) : out_(out), bytes_(out.file_.bytes()) {}
+
+  void Parse() {
+    uint64_t tensors = 0, values = 0;
+    ReadPreamble(tensors, values);
+    for (uint64_t i = 0; i < values; ++i) ReadKeyValue(i);
+    const std::vector<Entry> entries = ReadDirectory(tensors);
+    PlaceTensors(entries);
+  }
+
+ private:
+  enum Type : uint32_t {
+    kUint8,
+    kInt8,
+    kUint16,
+    kInt16,
+    kUint32,
+    kInt32,
+    kFloat32,
+    kBool,
+    kString,
+    kArray,
+    kUint64,
+    kInt64,
+    kFloat64,
+  };
+  struct Entry {
+    std::string name;
+    GgufTensor tensor;
+    uint64_t offset;  // in the data section
+  };
+
+  uint64_t Left() const { return bytes_.size() - at_; }
+
+  void Need(uint64_t size, std::string_view field) const {
+    if (size > Left()) {
+      out_.Fail(field, fmt::format("needs {} bytes at offset {}, but only {} are left; expected a "
+                                   "complete file",
+                                   size, at_, Left()));
+    }
+  }
+
+  template <typename T>
+  T Read(std::string_view field) {
+    Need(sizeof(T), field);
+    T value;
+    std::memcpy(&value, bytes_.data() + at_, sizeof(T));
+    at_ += sizeof(T);
+    return value;
+  }
+
+  std::string ReadString(std::string_view field) {
+    const auto size = Read<uint64_t>(field);
+    Need(size, field);
+    std::string text(reinterpret_cast<const char*>(bytes_.data() + at_), size);
+    at_ += size;
+    return text;
+  }
+
+  void ReadPreamble(uint64_t& tensors, uint64_t& values) {
+    Need(4, "magic");
+    if (std::memcmp(bytes_.data(), "GGUF", 4) != 0) {
+      out_.Fail("magic", "not a GGUF file; expected it to begin with \"GGUF\"");
+    }
+    at_ = 4;
+    const auto version = Read<uint32_t>("version");
+    if (version != 2 && version != 3) {
+      const bool swapped = version == 0x02000000u || version == 0x03000000u;
+      out_.Fail("version", fmt::format("is {}; expected 2 or 3{}", version,
+                                       swapped ? " (this is a big-endian file)" : ""));
+    }
+    tensors = Read<uint64_t>("tensor count");
+    values = Read<uint64_t>("metadata count");
+    // The least a directory entry takes: name length, dimension count, one dimension, type, offset;
+    // and a metadata entry: key length, type, one byte.
+    CheckCount("tensor count", tensors, 8 + 4 + 8 + 4 + 8);
+    CheckCount("metadata count", values, 8 + 4 + 1);
+  }
+
+  // Refuses counts that the rest of the file cannot hold, before anything is allocated.
+  void CheckCount(std::string_view field, uint64_t count, uint64_t least_bytes) const {
+    if (count > Left() / least_bytes) {
+      out_.Fail(field,
+                fmt::format("is {}, more than the remaining {} bytes can hold", count, Left()));
+    }
+  }
+
+  int64_t Narrow(uint64_t value, std::string_view field) const {
+    if (value > static_cast<uint64_t>(std::numeric_limits<int64_t>::max())) {
+      out_.Fail(field, fmt::format("is {}; expected at most 2^63 - 1", value));
+    }
+    return static_cast<int64_t>(value);
+  }
+
+  std::optional<int64_t> ReadInteger(uint32_t type, std::string_view field) {
+    switch (type) {
+      case kUint8:
+        return Read<uint8_t>(field);
+      case kInt8:
+        return Read<int8_t>(field);
+      case kUint16:
+        return Read<uint16_t>(field);
+      case kInt16:
+        return Read<int16_t>(field);
+      case kUint32:
+        return Read<uint32_t>(field);
+      case kInt32:
+        return Read<int32_t>(field);
+      case kInt64:
+        return Read<int64_t>(field);
+      case kUint64:
+        return Narrow(Read<uint64_t>(field), field);
+      default:
+        return std::nullopt;
+    }
+  }
+
+  GgufValue ReadValue(uint32_t type, std::string_view key) {
+    if (const auto integer = ReadInteger(type, key)) return *integer;
+    switch (type) {
+      case kFloat32:
+        return static_cast<double>(Read<float>(key));
+      case kFloat64:
+        return Read<double>(key);
+      case kBool:
+        return ReadBool(key);
+      case kString:
+        return ReadString(key);
+      case kArray:
+        return ReadArray(key);
+      default:
+        out_.Fail(key, fmt::format("has value type {}; expected 0 to 12", type));
+    }
+  }
+
+  bool ReadBool(std::string_view key) {
+    const auto value = Read<uint8_t>(key);
+    if (value > 1) out_.Fail(key, fmt::format("is {}; expected a boolean, 0 or 1", value));
+    return value != 0;
+  }
+
+  GgufValue ReadArray(std::string_view key) {
+    const auto type = Read<uint32_t>(key);
+    const auto count = Read<uint64_t>(key);
+    if (type > kFloat64 || type == kArray) {
+      out_.Fail(key,
+                fmt::format("is an array of type {}; expected numbers, booleans or strings", type));
+    }
+    static constexpr uint64_t kLeast[] = {1, 1, 2, 2, 4, 4, 4, 1, 8, 0, 8, 8, 8};
+    CheckCount(key, count, kLeast[type]);
+    if (type == kString) {
+      std::vector<std::string> strings(count);
+      for (std::string& s : strings) s = ReadString(key);
+      return strings;
+    }
+    if (type == kFloat32 || type == kFloat64) {
+      std::vector<double> numbers(count);
+      for (double& x : numbers) {
+        x = type == kFloat32 ? static_cast<double>(Read<float>(key)) : Read<double>(key);
+      }
+      return numbers;
+    }
+    std::vector<int64_t> integers(count);
+    for (int64_t& x : integers) x = type == kBool ? ReadBool(key) : *ReadInteger(type, key);
+    return integers;
+  }
+
+  void ReadKeyValue(uint64_t index) {
+    const std::string key = ReadString(fmt::format("metadata key {}", index));
+    const auto type = Read<uint32_t>(key);
+    if (!out_.values_.emplace(key, ReadValue(type, key)).second) {
+      out_.Fail(key, "is given twice; expected each metadata key once");
+    }
+  }
+
+  std::vector<Entry> ReadDirectory(uint64_t count) {
+    std::vector<Entry> entries;
+    entries.reserve(count);
+    for (uint64_t i = 0; i < count; ++i) {
+      Entry entry;
+      entry.name = ReadString(fmt::format("name of tensor {}", i));
+      ReadShape(entry);
+      entries.push_back(std::move(entry));
+    }
+    return entries;
+  }
+
+  void ReadShape(Entry& entry) {
+    const std::string field = fmt::format("tensor '{}'", entry.name);
+    const auto dims = Read<uint32_t>(field);
+    if (dims < 1 || dims > 4) {
+      out_.Fail(field, fmt::format("has {} dimensions; expected 1 to 4", dims));
+    }
+    const auto cols = Read<uint64_t>(field);
+    uint64_t rows = 1;
+    std::optional<uint64_t> elements = cols;
+    for (uint32_t d = 1; d < dims && elements; ++d) {
+      const auto extent = Read<uint64_t>(field);
+      elements = CheckedMul(*elements, extent);
+      rows = CheckedMul(rows, extent).value_or(0);
+    }
+    if (!elements || *elements == 0 || *elements > (uint64_t{1} << 56)) {
+      out_.Fail(field, "has a dimension of 0 or too many elements; expected 1 to 2^56");
+    }
+    const auto type = Read<uint32_t>(field);
+    const ElementLayout* layout = FindLayout(type);
+    if (layout == nullptr) {
+      out_.Fail(field, fmt::format("has element type {}; expected one of {}", type, ServedTypes()));
+    }
+    if (cols % static_cast<uint64_t>(layout->block) != 0) {
+      out_.Fail(field, fmt::format("has rows of {} elements; expected a multiple of {} for {}",
+                                   cols, layout->block, layout->name));
+    }
+    entry.offset = Read<uint64_t>(field);
+    // At most 2^56 elements of at most 4 bytes: no overflow.
+    entry.tensor = {
+        layout->type, static_cast<int64_t>(rows), static_cast<int64_t>(cols), nullptr,
+        *elements / static_cast<uint64_t>(layout->block) * static_cast<uint64_t>(layout->bytes)};
+  }
+
+  void PlaceTensors(const std::vector<Entry>& entries) {
+    const int64_t alignment = out_.IntOr("general.alignment", 32);
+    if (alignment < 1 || alignment > (1 << 20) ||
+        !std::has_single_bit(static_cast<uint64_t>(alignment))) {
+      out_.Fail("general.alignment",
+                fmt::format("is {}; expected a power of two up to 2^20", alignment));
+    }
+    const auto align = static_cast<uint64_t>(alignment);
+    const uint64_t start = std::min<uint64_t>(RoundUp(at_, align), bytes_.size());
+    const uint64_t space = bytes_.size() - start;
+    std::vector<std::pair<uint64_t, const Entry*>> order;
+    for (const Entry& e : entries) {
+      const std::string field = fmt::format("tensor '{}'", e.name);
+      if (e.offset % align != 0) {
+        out_.Fail(field, fmt::format("has offset {}; expected a multiple of {}", e.offset, align));
+      }
+      if (e.tensor.bytes > space || e.offset > space - e.tensor.bytes) {
+        out_.Fail(field, fmt::format("takes {} bytes at offset {}, but the file's data has only "
+                                     "{}; expected a complete file",
+                                     e.tensor.bytes, e.offset, space));
+      }
+      GgufTensor tensor = e.tensor;
+      tensor.data = bytes_.data() + start + e.offset;
+      if (!out_.tensors_.emplace(e.name, tensor).second) {
+        out_.Fail(field, "is given twice; expected each tensor once");
+      }
+      order.emplace_back(e.offset, &e);
+      out_.tensor_bytes_ += e.tensor.bytes;  // bounded: overlaps are refused below
+    }
+    std::sort(order.begin(), order.end(),
+              [](const auto& a, const auto& b) { return a.first < b.first; });
+    for (size_t i = 1; i < order.size(); ++i) {
+      if (order[i - 1].first + order[i - 1].second->tensor.bytes > order[i].first) {
+        out_.Fail(fmt::format("tensor '{}'", order[i].second->name),
+                  fmt::format("overlaps tensor '{}'", order[i - 1].second->name));
+      }
+    }
+  }
+
+  GgufFile& out_;
+  std::span<const uint8_t> bytes_;
+  uint64_t at_ = 0;
+};
+
+GgufFile::GgufFile(const std::string& path) : file_(path) { GgufParser(*this).Parse(); }
+
+void GgufFile::Fail(std::string_view field, const std::string& what) const {
+  throw Error(ErrorClass::kModel, fmt::format("{}: {}: {}", path(), field, what));
+}
+
+template <typename T>
+const T& GgufFile::Get(std::string_view key, std::string_view type_name) const {
+  const auto it = values_.find(key);
+  if (it == values_.end()) Fail(key, fmt::format("is missing; expected {}", type_name));
+  const T* value = std::get_if<T>(&it->second);
+  if (value == nullptr) Fail(key, fmt::format("has another type; expected {}", type_name));
+  return *value;
+}
+
+int64_t GgufFile::Int(std::string_view key) const { return Get<int64_t>(key, "an integer"); }
+double GgufFile::Float(std::string_view key) const { return Get<double>(key, "a float"); }
+bool GgufFile::Bool(std::string_view key) const { return Get<bool>(key, "a boolean"); }
+const std::string& GgufFile::String(std::string_view key) const {
+  return Get<std::string>(key, "a string");
+}
+const std::vector<int64_t>& GgufFile::Ints(std::string_view key) const {
+  return Get<std::vector<int64_t>>(key, "an array of integers");
+}
+const std::vector<double>& GgufFile::Floats(std::string_view key) const {
+  return Get<std::vector<double>>(key, "an array of floats");
+}
+const std::vector<std::string>& GgufFile::Strings(std::string_view key) const {
+  return Get<std::vector<std::string>>(key, "an array of strings");
+}
+int64_t GgufFile::IntOr(std::string_view key, int64_t otherwise) const {
+  return Has(key) ? Int(key) : otherwise;
+}
+double GgufFile::FloatOr(std::string_view key, double otherwise) const {
+  return Has(key) ? Float(key) : otherwise;
+}
+bool GgufFile::BoolOr(std::string_view key, bool otherwise) const {
+  return Has(key) ? Bool(key) : otherwise;
+}
+std::string GgufFile::StringOr(std::string_view key, const std::string& otherwise) const {
+  return Has(key) ? String(key) : otherwise;
+}
+
+}  // namespace passel::model

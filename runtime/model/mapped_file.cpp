@@ -1,0 +1,56 @@
+#include "runtime/model/mapped_file.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <utility>
+
+#include "runtime/base/error.h"
+
+namespace passel::model {
+namespace {
+
+[[noreturn]] void Fail(const std::string& path, const std::string& what) {
+  throw Error(ErrorClass::kModel, path + ": " + what);
+}
+
+}  // namespace
+
+MappedFile::MappedFile(const std::string& path) : path_(path) {
+  const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  if (fd < 0) Fail(path, std::string("cannot open the model file: ") + std::strerror(errno));
+  struct stat info {};
+  std::string problem;
+  if (::fstat(fd, &info) != 0) {
+    problem = std::string("cannot read the file's size: ") + std::strerror(errno);
+  } else if (!S_ISREG(info.st_mode)) {
+    problem = "not a regular file; expected a model file";
+  } else if (info.st_size == 0) {
+    problem = "the file is empty; expected a model file";
+  } else {
+    void* map = ::mmap(nullptr, static_cast<size_t>(info.st_size), PROT_READ, MAP_SHARED, fd, 0);
+    if (map == MAP_FAILED) {
+      problem = std::string("cannot map the file: ") + std::strerror(errno);
+    } else {
+      data_ = static_cast<const uint8_t*>(map);
+      size_ = static_cast<size_t>(info.st_size);
+    }
+  }
+  ::close(fd);
+  if (!problem.empty()) Fail(path, problem);
+}
+
+MappedFile::~MappedFile() {
+  if (data_ != nullptr) ::munmap(const_cast<uint8_t*>(data_), size_);
+}
+
+MappedFile::MappedFile(MappedFile&& other) noexcept
+    : path_(std::move(other.path_)),
+      data_(std::exchange(other.data_, nullptr)),
+      size_(std::exchange(other.size_, 0)) {}
+
+}  // namespace passel::model

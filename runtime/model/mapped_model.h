@@ -1,0 +1,64 @@
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "runtime/model/element_type.h"
+#include "runtime/model/model_file.h"
+
+namespace passel::model {
+
+// A weight as it lies in a mapped file: [rows, cols] row-major, rows of whole blocks.
+struct WeightView {
+  const uint8_t* data = nullptr;
+  ElementType type = ElementType::kF32;
+  int64_t rows = 0, cols = 0;
+  // Not 0: within each head of that many rows, the file interleaves the two halves that rotate-half
+  // RoPE pairs (file row 2i + p is Hugging Face's row p·head_dim/2 + i).
+  int32_t interleaved_head_dim = 0;
+};
+
+// The name and shape that a config calls for.
+struct ExpectedWeight {
+  WeightId id;
+  int64_t rows, cols;
+};
+// Every weight of the architecture, in WeightIndex order; kOutput only where not tied.
+std::vector<ExpectedWeight> ExpectedWeights(const ModelConfig& config);
+
+// Refuses what the transformer cannot serve: sizes out of range, heads that do not divide. Called
+// before anything is derived from a config. Throws Error{kModel}: "where: field: …".
+void ValidateConfig(const ModelConfig& config, const std::string& where);
+
+// Name of a weight's kind and layer, for messages: "layer 3 q".
+std::string WeightName(WeightId id);
+
+// A ModelFile over views of mapped memory, which the derived class keeps alive.
+class MappedModel : public ModelFile {
+ public:
+  const ModelConfig& config() const override { return config_; }
+  void Read(WeightId id, int64_t row, int64_t rows, int64_t col, int64_t cols,
+            bf16* out) const override;
+  void Read(WeightId id, int64_t row, int64_t rows, int64_t col, int64_t cols,
+            float* out) const override;
+  const TokenizerData& tokenizer() const override { return tokenizer_; }
+  uint64_t weight_bytes() const override { return weight_bytes_; }
+
+ protected:
+  void SetView(WeightId id, const WeightView& view);
+
+  ModelConfig config_;
+  TokenizerData tokenizer_;
+  uint64_t weight_bytes_ = 0;
+
+ private:
+  size_t IndexOf(WeightId id) const;
+  const WeightView& ViewOf(WeightId id) const;
+  template <typename Out>
+  void ReadAs(WeightId id, int64_t row, int64_t rows, int64_t col, int64_t cols, Out* out) const;
+
+  std::vector<WeightView> views_;
+};
+
+}  // namespace passel::model
