@@ -1,0 +1,55 @@
+#include "runtime/base/error.h"
+
+#include <gtest/gtest.h>
+
+#include <string>
+#include <unordered_set>
+
+#include "runtime/base/ids.h"
+
+namespace passel {
+namespace {
+
+TEST(Error, CarriesItsMessageAndExitCode) {
+  const Error error(ErrorClass::kModel, "m.gguf: tensor 3: type 99 is unknown");
+  EXPECT_STREQ(error.what(), "m.gguf: tensor 3: type 99 is unknown");
+  EXPECT_EQ(error.error_class(), ErrorClass::kModel);
+  EXPECT_EQ(error.exit_code(), 3);
+}
+
+// The exit codes are a contract with scripts.
+TEST(Error, ExitCodesAreFixed) {
+  EXPECT_EQ(Error(ErrorClass::kBug, "").exit_code(), 1);
+  EXPECT_EQ(Error(ErrorClass::kUsage, "").exit_code(), 2);
+  EXPECT_EQ(Error(ErrorClass::kModel, "").exit_code(), 3);
+  EXPECT_EQ(Error(ErrorClass::kIo, "").exit_code(), 4);
+  EXPECT_EQ(Error(ErrorClass::kCluster, "").exit_code(), 5);
+  EXPECT_EQ(Error(ErrorClass::kMemory, "").exit_code(), 6);
+}
+
+TEST(Check, PassesWhatHolds) { EXPECT_NO_THROW(Check(true, "holds")); }
+
+TEST(Check, NamesWhatAndWhere) {
+  try {
+    Check(false, "layer in range");
+    FAIL() << "no exception";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.error_class(), ErrorClass::kBug);
+    const std::string message = error.what();
+    EXPECT_NE(message.find("layer in range"), std::string::npos) << message;
+    EXPECT_NE(message.find("error_test.cpp"), std::string::npos) << message;
+  }
+}
+
+TEST(StrongId, ComparesAndHashesByValue) {
+  EXPECT_EQ(RankId(3), RankId(3));
+  EXPECT_LT(RankId(2), RankId(3));
+  EXPECT_EQ(RequestId().value, 0u);
+  const std::unordered_set<RequestId> seen{RequestId(1), RequestId(2), RequestId(1)};
+  EXPECT_EQ(seen.size(), 2u);
+  static_assert(!std::is_convertible_v<int32_t, RankId>);
+  static_assert(!std::is_convertible_v<RankId, RequestId>);
+}
+
+}  // namespace
+}  // namespace passel

@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# Everything a change must pass, in the order of what fails fastest. Stops at the first failure.
+#
+#   PASSEL_TEST_STEPS="release asan"   runs only the named steps (default: all)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+steps=${PASSEL_TEST_STEPS-"format release asan tsan nocuda"}
+jobs=$(nproc)
+source tools/lib.sh
+# Open MPI refuses root unless told twice.
+export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+
+say() { printf '\n== %s (%d s)\n' "$1" "$SECONDS"; }
+wants() { [[ " $steps " == *" $1 "* ]]; }
+
+./tools/setup.sh
+
+if wants format; then
+  say "format"
+  ./tools/format.sh
+fi
+
+if wants release; then
+  if [[ -n $(find_nvcc) ]]; then
+    say "release build, with CUDA ($(find_nvcc))"
+  else
+    say "release build, WITHOUT CUDA: no nvcc here, the CUDA backend is not compiled"
+  fi
+  build release all
+  say "headers compile alone"
+  cmake --build --preset release -j "$jobs" --target all_verify_interface_header_sets
+  say "all tests"
+  ctest --preset release --no-tests=error
+fi
+
+if wants asan; then
+  say "address and undefined behaviour sanitizer: unit tests"
+  build asan all
+  ASAN_OPTIONS=detect_stack_use_after_return=1:strict_string_checks=1 \
+    UBSAN_OPTIONS=print_stacktrace=1 \
+    ctest --preset asan --no-tests=error -j "$jobs"
+fi
+
+if wants tsan; then
+  say "thread sanitizer: threaded tests"
+  build tsan all
+  TSAN_OPTIONS="suppressions=$PWD/tools/tsan.supp halt_on_error=1 second_deadlock_stack=1" \
+    ctest --preset tsan --no-tests=error
+fi
+
+if wants nocuda; then
+  say "configuring without CUDA"
+  mkdir -p build
+  cmake --fresh --preset release -B build/nocuda -DPASSEL_CUDA=OFF >build/nocuda.log || {
+    cat build/nocuda.log
+    exit 1
+  }
+fi
+
+say "passed: $steps"
