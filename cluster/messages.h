@@ -26,6 +26,7 @@ struct WireShape {
   uint32_t l = 0;           // codes of a vector
   uint64_t max_tokens = 0;  // of one request (context limit)
   uint32_t max_entries = 65536;
+  uint32_t k = 16;  // bits of a code; codes with higher bits set are refused
 };
 
 // kQuery. Data of an entry: q: [kv_heads·group, head_dim] f32, then, unless exact, codes:
@@ -95,7 +96,8 @@ struct KeyMeanView {
   std::span<const float> mean;
 };
 
-// `payload` must be aligned to 16 bytes; the views point into it.
+// `payload` must be aligned to 16 bytes; the views point into it. `why` may be null. A count of
+// zero with an empty payload is valid.
 std::optional<std::vector<QueryView>> ParseQuery(const WireShape& shape, uint32_t count,
                                                  std::span<const std::byte> payload,
                                                  std::string* why);
@@ -121,6 +123,8 @@ struct KvSpace {
   std::span<bf16> rows;
   std::span<uint16_t> codes;
 };
+// Entries that the peer's parser would refuse are a bug and throw, as is a payload above
+// kMaxPayloadBytes; `spaces` may be null.
 std::vector<std::byte> BuildQuery(const WireShape& shape, std::span<const QueryEntry> entries,
                                   std::vector<QuerySpace>* spaces);
 std::vector<std::byte> BuildPartial(const WireShape& shape, std::span<const PartialEntry> entries,

@@ -1,0 +1,271 @@
+#include "cluster/messages.h"
+
+#include <array>
+#include <bit>
+#include <type_traits>
+#include <utility>
+
+#include "runtime/base/checked_math.h"
+#include "runtime/base/error.h"
+
+namespace passel::cluster {
+namespace {
+
+static_assert(std::endian::native == std::endian::little, "payloads are little-endian in memory");
+
+constexpr uint64_t kAlign = 16;
+
+// Bytes of the (at most three) arrays that make up an entry's data, in wire order.
+using Parts = std::array<uint64_t, 3>;
+
+// Product of sizes, nullopt where 64 bits do not hold it.
+template <typename... Rest>
+std::optional<uint64_t> Product(uint64_t first, Rest... rest) {
+  std::optional<uint64_t> r = first;
+  ((r = r ? CheckedMul(*r, static_cast<uint64_t>(rest)) : r), ...);
+  return r;
+}
+
+std::optional<Parts> AsParts(std::optional<uint64_t> a, std::optional<uint64_t> b,
+                             std::optional<uint64_t> c) {
+  if (!a || !b || !c) return std::nullopt;
+  return Parts{*a, *b, *c};
+}
+
+std::optional<Parts> PartsOf(const WireShape& s, const QueryEntry& e) {
+  return AsParts(Product(e.kv_heads, s.group, s.head_dim, sizeof(float)),
+                 e.exact ? 0 : Product(e.kv_heads, s.group, s.l, sizeof(uint16_t)), 0);
+}
+std::optional<Parts> PartsOf(const WireShape& s, const PartialEntry&) {
+  const auto scalar = Product(s.group, sizeof(float));
+  return AsParts(scalar, scalar, Product(s.group, s.head_dim, sizeof(float)));
+}
+std::optional<Parts> PartsOf(const WireShape& s, const KvEntry& e) {
+  return AsParts(Product(e.count, 2, s.head_dim, sizeof(bf16)),
+                 e.has_codes ? Product(e.count, s.l, sizeof(uint16_t)) : 0, 0);
+}
+std::optional<Parts> PartsOf(const WireShape& s, const KeyMeanEntry&) {
+  return AsParts(Product(s.head_dim, sizeof(float)), 0, 0);
+}
+
+// What is wrong with an entry; null where nothing is.
+const char* Fault(const WireShape& s, const QueryEntry& e) {
+  if (e.kv_heads == 0) return "kv_heads is zero";
+  if (uint64_t{e.first_kv_head} + e.kv_heads > s.kv_heads) return "KV heads out of range";
+  if (e.exact > 1) return "exact is neither 0 nor 1";
+  if (e.offloaded_tokens > s.max_tokens) return "offloaded_tokens above the context limit";
+  if (e.row >= s.max_entries) return "row out of range";
+  return nullptr;
+}
+const char* Fault(const WireShape& s, const PartialEntry& e) {
+  if (e.kv_head >= s.kv_heads) return "KV head out of range";
+  if (e.row >= s.max_entries) return "row out of range";
+  if (e.segment < -1) return "segment out of range";
+  const auto most = CheckedMul(s.max_tokens, s.group);
+  if (most && e.sampled_tokens > *most) return "sampled_tokens above the context limit";
+  return nullptr;
+}
+const char* Fault(const WireShape& s, const KvEntry& e) {
+  if (e.kv_head >= s.kv_heads) return "KV head out of range";
+  if (e.has_codes > 1) return "has_codes is neither 0 nor 1";
+  if (e.reserved != 0) return "reserved is not zero";
+  const auto end = CheckedAdd(e.first_token, e.count);
+  if (!end || *end > s.max_tokens) return "tokens above the context limit";
+  return nullptr;
+}
+const char* Fault(const WireShape& s, const KeyMeanEntry& e) {
+  if (e.kv_head >= s.kv_heads) return "KV head out of range";
+  if (e.reserved != 0) return "reserved is not zero";
+  return nullptr;
+}
+
+template <typename T>
+bool Reject(std::string* why, T&& reason) {
+  if (why != nullptr) *why = std::forward<T>(reason);
+  return false;
+}
+
+// The array of `bytes` bytes at `offset`, which moves past it. `Byte` is (const) std::byte.
+template <typename T, typename Byte>
+auto Take(Byte* base, uint64_t& offset, uint64_t bytes) {
+  using Element = std::conditional_t<std::is_const_v<Byte>, const T, T>;
+  const std::span<Element> out(reinterpret_cast<Element*>(base + offset), bytes / sizeof(T));
+  offset += bytes;
+  return out;
+}
+
+// True where no code has a bit at or above `k`: host ranks index their tables with codes.
+bool CodesInRange(std::span<const uint16_t> codes, uint32_t k) {
+  uint32_t all = 0;
+  for (const uint16_t c : codes) all |= c;
+  return k >= 16 || (all >> k) == 0;
+}
+
+// Where entry `i`'s data ends if it starts at `offset`; nullopt where 64 bits do not hold it.
+std::optional<uint64_t> EndOf(const Parts& parts, uint64_t offset) {
+  std::optional<uint64_t> end = offset;
+  for (const uint64_t p : parts) end = end ? CheckedAdd(*end, p) : end;
+  if (end) end = CheckedAdd(*end, kAlign - 1);
+  if (end) *end = *end / kAlign * kAlign;
+  return end;
+}
+
+// Checks everything but codes and calls visit(entry, parts, offset of its data) for each entry,
+// which returns false to refuse. Nothing is visited past the payload's end; what was visited counts
+// only when the whole payload fits, which the result says.
+template <typename Entry, typename Visit>
+bool Walk(const WireShape& shape, uint32_t count, std::span<const std::byte> payload,
+          std::string* why, Visit visit) {
+  if (count > shape.max_entries) return Reject(why, "too many entries");
+  if (payload.size() > kMaxPayloadBytes) return Reject(why, "payload above the limit");
+  if (reinterpret_cast<uintptr_t>(payload.data()) % kAlign != 0) {
+    return Reject(why, "payload not aligned");
+  }
+  uint64_t offset = RoundUp(uint64_t{count} * sizeof(Entry), kAlign);
+  if (offset > payload.size()) return Reject(why, "payload ends inside the entries");
+  const auto* entries = reinterpret_cast<const Entry*>(payload.data());
+  for (uint32_t i = 0; i < count; ++i) {
+    const auto refuse = [&](const char* reason) {
+      return Reject(why, "entry " + std::to_string(i) + ": " + reason);
+    };
+    if (const char* fault = Fault(shape, entries[i])) return refuse(fault);
+    const auto parts = PartsOf(shape, entries[i]);
+    const auto end = parts ? EndOf(*parts, offset) : std::nullopt;
+    if (!end || *end > payload.size()) return refuse("data past the payload's end");
+    if (!visit(entries[i], *parts, offset)) return refuse("code out of range");
+    offset = *end;
+  }
+  if (offset != payload.size()) return Reject(why, "payload longer than its entries say");
+  return true;
+}
+
+template <typename Entry>
+std::vector<std::byte> Build(const WireShape& shape, std::span<const Entry> entries,
+                             std::vector<uint64_t>* offsets) {
+  Check(entries.size() <= shape.max_entries, "payload with too many entries");
+  uint64_t offset = RoundUp(entries.size_bytes(), kAlign);
+  for (const Entry& e : entries) {
+    const char* fault = Fault(shape, e);
+    Check(fault == nullptr, fault != nullptr ? fault : "");
+    offsets->push_back(offset);
+    const auto parts = PartsOf(shape, e);
+    const auto end = parts ? EndOf(*parts, offset) : std::nullopt;
+    Check(end && *end <= kMaxPayloadBytes, "payload above the limit: split it");
+    offset = *end;
+  }
+  Check(offset <= kMaxPayloadBytes, "payload above the limit: split it");
+  std::vector<std::byte> out(offset);
+  auto* to = reinterpret_cast<Entry*>(out.data());
+  for (size_t i = 0; i < entries.size(); ++i) to[i] = entries[i];
+  return out;
+}
+
+// Builds and hands each entry's (buffer, parts, offset) to `place`.
+template <typename Entry, typename Place>
+std::vector<std::byte> BuildAndPlace(const WireShape& shape, std::span<const Entry> entries,
+                                     Place place) {
+  std::vector<uint64_t> offsets;
+  offsets.reserve(entries.size());
+  std::vector<std::byte> out = Build(shape, entries, &offsets);
+  for (size_t i = 0; i < entries.size(); ++i) {
+    uint64_t offset = offsets[i];
+    place(out.data(), *PartsOf(shape, entries[i]), offset);
+  }
+  return out;
+}
+
+}  // namespace
+
+std::optional<std::vector<QueryView>> ParseQuery(const WireShape& shape, uint32_t count,
+                                                 std::span<const std::byte> payload,
+                                                 std::string* why) {
+  std::vector<QueryView> views;
+  const auto visit = [&](const QueryEntry& e, const Parts& p, uint64_t at) {
+    const auto q = Take<float>(payload.data(), at, p[0]);
+    const auto codes = Take<uint16_t>(payload.data(), at, p[1]);
+    views.push_back({&e, q, codes});
+    return CodesInRange(codes, shape.k);
+  };
+  if (!Walk<QueryEntry>(shape, count, payload, why, visit)) return std::nullopt;
+  return views;
+}
+
+std::optional<std::vector<PartialView>> ParsePartial(const WireShape& shape, uint32_t count,
+                                                     std::span<const std::byte> payload,
+                                                     std::string* why) {
+  std::vector<PartialView> views;
+  const auto visit = [&](const PartialEntry& e, const Parts& p, uint64_t at) {
+    const auto max = Take<float>(payload.data(), at, p[0]);
+    const auto den = Take<float>(payload.data(), at, p[1]);
+    views.push_back({&e, max, den, Take<float>(payload.data(), at, p[2])});
+    return true;
+  };
+  if (!Walk<PartialEntry>(shape, count, payload, why, visit)) return std::nullopt;
+  return views;
+}
+
+std::optional<std::vector<KvView>> ParseKv(const WireShape& shape, uint32_t count,
+                                           std::span<const std::byte> payload, std::string* why) {
+  std::vector<KvView> views;
+  const auto visit = [&](const KvEntry& e, const Parts& p, uint64_t at) {
+    const auto rows = Take<bf16>(payload.data(), at, p[0]);
+    const auto codes = Take<uint16_t>(payload.data(), at, p[1]);
+    views.push_back({&e, rows, codes});
+    return CodesInRange(codes, shape.k);
+  };
+  if (!Walk<KvEntry>(shape, count, payload, why, visit)) return std::nullopt;
+  return views;
+}
+
+std::optional<std::vector<KeyMeanView>> ParseKeyMean(const WireShape& shape, uint32_t count,
+                                                     std::span<const std::byte> payload,
+                                                     std::string* why) {
+  std::vector<KeyMeanView> views;
+  const auto visit = [&](const KeyMeanEntry& e, const Parts& p, uint64_t at) {
+    views.push_back({&e, Take<float>(payload.data(), at, p[0])});
+    return true;
+  };
+  if (!Walk<KeyMeanEntry>(shape, count, payload, why, visit)) return std::nullopt;
+  return views;
+}
+
+std::vector<std::byte> BuildQuery(const WireShape& shape, std::span<const QueryEntry> entries,
+                                  std::vector<QuerySpace>* spaces) {
+  if (spaces != nullptr) spaces->clear();
+  return BuildAndPlace(shape, entries, [&](std::byte* base, const Parts& p, uint64_t at) {
+    if (spaces == nullptr) return;
+    const auto q = Take<float>(base, at, p[0]);
+    spaces->push_back({q, Take<uint16_t>(base, at, p[1])});
+  });
+}
+
+std::vector<std::byte> BuildPartial(const WireShape& shape, std::span<const PartialEntry> entries,
+                                    std::vector<PartialSpace>* spaces) {
+  if (spaces != nullptr) spaces->clear();
+  return BuildAndPlace(shape, entries, [&](std::byte* base, const Parts& p, uint64_t at) {
+    if (spaces == nullptr) return;
+    const auto max = Take<float>(base, at, p[0]);
+    const auto den = Take<float>(base, at, p[1]);
+    spaces->push_back({max, den, Take<float>(base, at, p[2])});
+  });
+}
+
+std::vector<std::byte> BuildKv(const WireShape& shape, std::span<const KvEntry> entries,
+                               std::vector<KvSpace>* spaces) {
+  if (spaces != nullptr) spaces->clear();
+  return BuildAndPlace(shape, entries, [&](std::byte* base, const Parts& p, uint64_t at) {
+    if (spaces == nullptr) return;
+    const auto rows = Take<bf16>(base, at, p[0]);
+    spaces->push_back({rows, Take<uint16_t>(base, at, p[1])});
+  });
+}
+
+std::vector<std::byte> BuildKeyMean(const WireShape& shape, std::span<const KeyMeanEntry> entries,
+                                    std::vector<std::span<float>>* spaces) {
+  if (spaces != nullptr) spaces->clear();
+  return BuildAndPlace(shape, entries, [&](std::byte* base, const Parts& p, uint64_t at) {
+    if (spaces != nullptr) spaces->push_back(Take<float>(base, at, p[0]));
+  });
+}
+
+}  // namespace passel::cluster
