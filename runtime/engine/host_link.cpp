@@ -1,0 +1,264 @@
+#include "runtime/engine/host_link.h"
+
+#include <spdlog/spdlog.h>
+
+#include <algorithm>
+#include <chrono>
+
+#include "runtime/base/error.h"
+#include "runtime/base/random.h"
+
+namespace passel::engine {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+// Tokens of a K, V frame: large enough to stream, small enough to stay below kMaxPayloadBytes.
+constexpr uint64_t kKvFrameTokens = 2048;
+
+cluster::HealthTracker Watch(const Job& job, std::span<const RankId> hosts) {
+  const std::chrono::duration<double> timeout(job.config.cluster().failure_timeout_s());
+  return {hosts, std::chrono::duration_cast<Clock::duration>(timeout), Clock::now()};
+}
+
+}  // namespace
+
+uint32_t HostedRequest::SegmentOf(uint64_t token) const {
+  const auto it =
+      std::upper_bound(segments.begin(), segments.end(), token,
+                       [](uint64_t t, const host::SegmentSpec& s) { return t < s.first_token; });
+  Check(it != segments.begin(), "a token before the first segment");
+  return static_cast<uint32_t>(it - segments.begin() - 1);
+}
+
+HostLink::HostLink(const Job& job, transport::Channel& channel, const model::TensorSlice& slice,
+                   std::function<void(RankId, const cluster::proto::Control&)> on_control)
+    : job_(job),
+      channel_(channel),
+      slice_(slice),
+      on_control_(std::move(on_control)),
+      shape_(job.wire_shape()),
+      host_ranks_(job.RanksOf(cluster::Role::kHost)),
+      health_(Watch(job, host_ranks_)) {
+  channel_.SetFrameHandler([this](const transport::FrameHeader& h, std::span<const std::byte> p) {
+    try {
+      OnFrame(h, p);
+    } catch (const std::exception& e) {  // nothing may cross the transport's C callback
+      if (lost_.empty()) lost_ = e.what();
+    }
+  });
+  channel_.SetPeerLostHandler([this](RankId peer, const std::string& reason) {
+    const cluster::RankInfo& info = job_.ranks[static_cast<size_t>(peer.value)];
+    if (info.role == cluster::Role::kHost && lost_.empty()) {
+      lost_ =
+          "host rank " + std::to_string(peer.value) + " on " + info.node + " is lost: " + reason;
+    }
+  });
+}
+
+void HostLink::Pump(std::chrono::milliseconds wait) {
+  if (!channel_.Progress() && wait.count() > 0) channel_.Wait(wait);
+  const auto now = Clock::now();
+  // Heartbeats are rank 0's: the others hear from hosts only when they ask them.
+  if (job_.self.value == 0) {
+    for (const RankId host : health_.HeartbeatsDue(now)) {
+      transport::FrameHeader h;
+      h.type = transport::FrameType::kHeartbeat;
+      channel_.Send(host, transport::OutgoingFrame::Own(h, {}));
+      health_.Sent(host, now);
+    }
+  }
+  for (const auto& failure : health_.Overdue(now)) {
+    const bool hung = failure.reason == cluster::HealthTracker::Reason::kHung;
+    if (job_.self.value != 0 && !hung) continue;
+    const auto& info = job_.ranks[static_cast<size_t>(failure.peer.value)];
+    const auto seconds = std::chrono::duration<double>(failure.since).count();
+    throw Error(ErrorClass::kCluster,
+                "host rank " + std::to_string(failure.peer.value) + " on " + info.node +
+                    (hung ? " left a query unanswered for " : " has been silent for ") +
+                    std::to_string(static_cast<int>(seconds)) + " s");
+  }
+  if (!lost_.empty()) throw Error(ErrorClass::kCluster, lost_);
+}
+
+uint64_t HostLink::Ticket(uint64_t step, int32_t layer, uint16_t micro_batch) {
+  return HashBytes(&step, sizeof step) ^ (static_cast<uint64_t>(layer) << 16) ^ micro_batch;
+}
+
+void HostLink::Send(uint32_t host, transport::FrameHeader header, std::vector<std::byte> payload) {
+  Check(payload.size() <= cluster::kMaxPayloadBytes, "a frame's payload is too large");
+  channel_.Send(host_ranks_[host], transport::OutgoingFrame::Own(header, std::move(payload)));
+}
+
+void HostLink::SendQuery(uint16_t micro_batch, int32_t layer, uint64_t step,
+                         std::span<const QueryRow> rows, const float* q, const uint16_t* codes,
+                         ReplyBox* box) {
+  const auto first = static_cast<uint32_t>(slice_.first_kv_head);
+  const auto heads = static_cast<uint32_t>(slice_.kv_heads);
+  *box = ReplyBox{};
+  box->step = step;
+  box->layer = layer;
+  if (boxes_.size() <= micro_batch) boxes_.resize(micro_batch + size_t{1});
+  boxes_[micro_batch] = box;
+
+  for (uint32_t host = 0; host < hosts(); ++host) {
+    // A host gets runs of the KV heads it holds, for each row.
+    std::vector<cluster::QueryEntry> entries;
+    for (const QueryRow& row : rows) {
+      if (row.offloaded_tokens == 0) continue;
+      const HostedRequest& hosted = *row.hosted;
+      const uint32_t segments = hosted.SegmentOf(row.offloaded_tokens - 1) + 1;
+      for (uint32_t h = first; h < first + heads; ++h) {
+        const auto owners = hosted.placement.HostsFor(h, 1, segments);
+        if (std::find(owners.begin(), owners.end(), host) == owners.end()) continue;
+        const bool joins = !entries.empty() && entries.back().row == row.row &&
+                           entries.back().first_kv_head + entries.back().kv_heads == h;
+        if (joins) {
+          ++entries.back().kv_heads;
+        } else {
+          entries.push_back(
+              {hosted.request.value, row.offloaded_tokens, h, 1, row.exact ? 1u : 0u, row.row});
+        }
+      }
+    }
+    if (entries.empty()) continue;
+    std::vector<cluster::QuerySpace> spaces;
+    auto payload = cluster::BuildQuery(shape_, entries, &spaces);
+    const size_t head_q = size_t{shape_.group} * shape_.head_dim;
+    const size_t head_codes = size_t{shape_.group} * shape_.l;
+    for (size_t i = 0; i < entries.size(); ++i) {
+      const size_t at = size_t{entries[i].row} * heads + (entries[i].first_kv_head - first);
+      std::copy_n(q + at * head_q, spaces[i].q.size(), spaces[i].q.begin());
+      if (!spaces[i].codes.empty()) {
+        std::copy_n(codes + at * head_codes, spaces[i].codes.size(), spaces[i].codes.begin());
+      }
+    }
+    transport::FrameHeader h;
+    h.type = transport::FrameType::kQuery;
+    h.layer = static_cast<uint16_t>(layer);
+    h.micro_batch = micro_batch;
+    h.step = step;
+    h.count = static_cast<uint32_t>(entries.size());
+    health_.Asked(host_ranks_[host], Ticket(step, layer, micro_batch), Clock::now());
+    Send(host, h, std::move(payload));
+    ++box->expected;
+  }
+}
+
+void HostLink::SendKv(const HostedRequest& hosted, int32_t layer, uint64_t first_token,
+                      uint64_t count, const bf16* k, const bf16* v, const uint16_t* codes) {
+  const size_t d = shape_.head_dim;
+  const auto heads = static_cast<size_t>(slice_.kv_heads);
+  for (uint64_t done = 0; done < count;) {
+    const uint64_t token = first_token + done;
+    const uint32_t segment = hosted.SegmentOf(token);
+    const host::SegmentSpec& spec = hosted.segments[segment];
+    const uint64_t n =
+        std::min({count - done, kKvFrameTokens, spec.first_token + spec.capacity - token});
+    for (size_t head = 0; head < heads; ++head) {
+      const auto kv_head = static_cast<uint32_t>(slice_.first_kv_head + static_cast<int>(head));
+      const cluster::KvEntry entry{hosted.request.value,     token,           kv_head,
+                                   static_cast<uint32_t>(n), codes ? 1u : 0u, 0};
+      std::vector<cluster::KvSpace> spaces;
+      auto payload = cluster::BuildKv(shape_, {&entry, 1}, &spaces);
+      for (uint64_t i = 0; i < n; ++i) {
+        const size_t at = ((done + i) * heads + head) * d;
+        std::copy_n(k + at, d, spaces[0].rows.begin() + static_cast<ptrdiff_t>(2 * i * d));
+        std::copy_n(v + at, d, spaces[0].rows.begin() + static_cast<ptrdiff_t>((2 * i + 1) * d));
+        if (codes) {
+          std::copy_n(codes + ((done + i) * heads + head) * shape_.l, shape_.l,
+                      spaces[0].codes.begin() + static_cast<ptrdiff_t>(i * shape_.l));
+        }
+      }
+      transport::FrameHeader h;
+      h.type = transport::FrameType::kKv;
+      h.layer = static_cast<uint16_t>(layer);
+      h.count = 1;
+      Send(hosted.placement.Owner(kv_head, segment), h, std::move(payload));
+    }
+    done += n;
+  }
+}
+
+void HostLink::SendKeyMean(const HostedRequest& hosted, int32_t layer, const float* mean) {
+  const auto heads = static_cast<size_t>(slice_.kv_heads);
+  for (size_t head = 0; head < heads; ++head) {
+    const auto kv_head = static_cast<uint32_t>(slice_.first_kv_head + static_cast<int>(head));
+    const cluster::KeyMeanEntry entry{hosted.request.value, kv_head, 0};
+    for (const uint32_t host :
+         hosted.placement.HostsFor(kv_head, 1, static_cast<uint32_t>(hosted.segments.size()))) {
+      std::vector<std::span<float>> spaces;
+      auto payload = cluster::BuildKeyMean(shape_, {&entry, 1}, &spaces);
+      std::copy_n(mean + head * shape_.head_dim, shape_.head_dim, spaces[0].begin());
+      transport::FrameHeader h;
+      h.type = transport::FrameType::kKeyMean;
+      h.layer = static_cast<uint16_t>(layer);
+      h.count = 1;
+      Send(host, h, std::move(payload));
+    }
+  }
+}
+
+void HostLink::SendControl(uint32_t host, const cluster::proto::Control& message) {
+  transport::FrameHeader h;
+  h.type = transport::FrameType::kControl;
+  h.count = 1;
+  std::vector<std::byte> payload(message.ByteSizeLong());
+  message.SerializeToArray(payload.data(), static_cast<int>(payload.size()));
+  Send(host, h, std::move(payload));
+}
+
+void HostLink::SendControlToAll(const cluster::proto::Control& message) {
+  for (uint32_t host = 0; host < hosts(); ++host) SendControl(host, message);
+}
+
+uint64_t HostLink::pending_bytes() const {
+  uint64_t most = 0;
+  for (const RankId host : host_ranks_) most = std::max(most, channel_.PendingBytes(host));
+  return most;
+}
+
+void HostLink::OnFrame(const transport::FrameHeader& header, std::span<const std::byte> payload) {
+  const RankId from(header.source);
+  if (std::find(host_ranks_.begin(), host_ranks_.end(), from) == host_ranks_.end()) {
+    ++dropped_;
+    return;
+  }
+  health_.Heard(from, Clock::now());
+  if (header.type == transport::FrameType::kPartial) return OnPartial(header, payload);
+  if (header.type == transport::FrameType::kControl) {
+    cluster::proto::Control message;
+    if (message.ParseFromArray(payload.data(), static_cast<int>(payload.size()))) {
+      return on_control_(from, message);
+    }
+  }
+  if (header.type != transport::FrameType::kHeartbeat) ++dropped_;
+}
+
+void HostLink::OnPartial(const transport::FrameHeader& header, std::span<const std::byte> payload) {
+  const RankId from(header.source);
+  ReplyBox* box = header.micro_batch < boxes_.size() ? boxes_[header.micro_batch] : nullptr;
+  std::string why;
+  const auto views = cluster::ParsePartial(shape_, header.count, payload, &why);
+  const bool wanted =
+      box && box->step == header.step && box->layer == header.layer && !box->complete();
+  const bool twice =
+      wanted && std::find(box->from.begin(), box->from.end(), from) != box->from.end();
+  if (!views || !wanted || twice) {
+    spdlog::debug("a partial of rank {} dropped: {}", header.source, views ? "not asked for" : why);
+    ++dropped_;
+    return;
+  }
+  for (const cluster::PartialView& v : *views) {
+    box->partials.push_back({v.entry->row,
+                             v.entry->kv_head,
+                             v.entry->segment,
+                             v.entry->sampled_tokens,
+                             {v.max.begin(), v.max.end()},
+                             {v.den.begin(), v.den.end()},
+                             {v.num.begin(), v.num.end()}});
+  }
+  health_.Answered(from, Ticket(header.step, header.layer, header.micro_batch));
+  box->from.push_back(from);
+}
+
+}  // namespace passel::engine

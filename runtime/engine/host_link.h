@@ -1,0 +1,107 @@
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "cluster/control.pb.h"
+#include "cluster/health.h"
+#include "cluster/messages.h"
+#include "cluster/shard_map.h"
+#include "runtime/engine/job.h"
+#include "runtime/model/transformer.h"
+#include "transport/channel.h"
+
+namespace passel::engine {
+
+// Where a request's offloaded tokens live.
+struct HostedRequest {
+  RequestId request;
+  cluster::RequestPlacement placement;
+  std::vector<host::SegmentSpec> segments;
+
+  // Segment that holds offloaded token `token`.
+  uint32_t SegmentOf(uint64_t token) const;
+};
+
+// One row of a micro-batch, as a query asks for it.
+struct QueryRow {
+  const HostedRequest* hosted;
+  uint64_t offloaded_tokens;
+  bool exact;
+  uint32_t row;
+};
+
+// One (row, KV head, segment)'s partial, out of a reply.
+struct ReceivedPartial {
+  uint32_t row;
+  uint32_t kv_head;
+  int32_t segment;
+  uint64_t sampled_tokens;
+  std::vector<float> max, den, num;  // [group], [group], [group, head_dim]
+};
+
+// The replies that a micro-batch waits for.
+struct ReplyBox {
+  uint64_t step = 0;
+  int32_t layer = -1;
+  uint32_t expected = 0;  // frames
+  std::vector<RankId> from;
+  std::vector<ReceivedPartial> partials;
+
+  bool complete() const { return from.size() == expected; }
+};
+
+// A model rank's end of the wire to the host ranks. Never blocks. One thread.
+class HostLink {
+ public:
+  // `on_control(from, message)`: control messages, on the thread that calls Pump.
+  HostLink(const Job& job, transport::Channel& channel, const model::TensorSlice& slice,
+           std::function<void(RankId, const cluster::proto::Control&)> on_control);
+
+  // Advances communication; waits up to `wait` where nothing happens. Throws Error{kCluster} once a
+  // host rank is lost or hangs.
+  void Pump(std::chrono::milliseconds wait);
+
+  // Asks every host that holds tokens of `rows`; the answers collect in `box`, which must stay
+  // where it is until complete. q: [rows', heads·head_dim], codes: [rows', heads·l], indexed by
+  // row.
+  void SendQuery(uint16_t micro_batch, int32_t layer, uint64_t step, std::span<const QueryRow> rows,
+                 const float* q, const uint16_t* codes, ReplyBox* box);
+  // Tokens [first_token, first_token + count) of one request and layer, all KV heads of this rank.
+  // k, v: [count, kv_heads·head_dim]; codes: [count, kv_heads·l] or null.
+  void SendKv(const HostedRequest& hosted, int32_t layer, uint64_t first_token, uint64_t count,
+              const bf16* k, const bf16* v, const uint16_t* codes);
+  // μ of one request and layer. mean: [kv_heads·head_dim].
+  void SendKeyMean(const HostedRequest& hosted, int32_t layer, const float* mean);
+  void SendControl(uint32_t host, const cluster::proto::Control& message);
+  void SendControlToAll(const cluster::proto::Control& message);
+
+  uint32_t hosts() const { return static_cast<uint32_t>(host_ranks_.size()); }
+  RankId host_rank(uint32_t host) const { return host_ranks_[host]; }
+  // Bytes on their way to the slowest host.
+  uint64_t pending_bytes() const;
+  // Replies that matched no question (late, twice or hostile).
+  uint64_t dropped() const { return dropped_; }
+
+ private:
+  void OnFrame(const transport::FrameHeader& header, std::span<const std::byte> payload);
+  void OnPartial(const transport::FrameHeader& header, std::span<const std::byte> payload);
+  void Send(uint32_t host, transport::FrameHeader header, std::vector<std::byte> payload);
+  static uint64_t Ticket(uint64_t step, int32_t layer, uint16_t micro_batch);
+
+  const Job& job_;
+  transport::Channel& channel_;
+  model::TensorSlice slice_;
+  std::function<void(RankId, const cluster::proto::Control&)> on_control_;
+  cluster::WireShape shape_;
+  std::vector<RankId> host_ranks_;
+  cluster::HealthTracker health_;
+  std::vector<ReplyBox*> boxes_;  // by micro-batch
+  std::string lost_;
+  uint64_t dropped_ = 0;
+};
+
+}  // namespace passel::engine

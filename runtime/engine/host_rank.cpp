@@ -1,0 +1,289 @@
+#include "runtime/engine/host_rank.h"
+
+#include <spdlog/spdlog.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "runtime/base/error.h"
+
+namespace passel::engine {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+constexpr size_t kMaxWaiting = 1024;
+
+std::vector<std::byte> Serialize(const cluster::proto::Control& message) {
+  std::vector<std::byte> out(message.ByteSizeLong());
+  message.SerializeToArray(out.data(), static_cast<int>(out.size()));
+  return out;
+}
+
+}  // namespace
+
+HostRank::HostRank(const Job& job, transport::Channel& channel, uint64_t memory_bytes)
+    : job_(job),
+      channel_(channel),
+      shape_(job.wire_shape()),
+      attention_(job.host_options(memory_bytes)),
+      heard_(Clock::now()),
+      beat_(Clock::now()) {
+  channel_.SetFrameHandler([this](const transport::FrameHeader& h, std::span<const std::byte> p) {
+    try {
+      OnFrame(h, p);
+    } catch (const std::exception& e) {  // nothing may cross the transport's C callback
+      Drop(h, e.what());
+    }
+  });
+  channel_.SetPeerLostHandler([this](RankId peer, const std::string& reason) {
+    if (job_.ranks[static_cast<size_t>(peer.value)].role == cluster::Role::kModel && !stop_) {
+      spdlog::debug("model rank {} lost: {}", peer.value, reason);
+      heard_ = {};
+    }
+  });
+}
+
+int HostRank::Run() {
+  const auto timeout = std::chrono::duration<double>(job_.config.cluster().failure_timeout_s());
+  const RankId leader{0};
+  while (!stop_) {
+    if (!channel_.Progress()) channel_.Wait(std::chrono::milliseconds(100));
+    const auto now = Clock::now();
+    if (now - heard_ > timeout) {
+      while (in_flight_ > 0) channel_.Wait(std::chrono::milliseconds(1));
+      throw Error(ErrorClass::kCluster,
+                  "host rank " + std::to_string(job_.self.value) + ": model rank 0 is gone");
+    }
+    if (now - beat_ > timeout / 4) {
+      beat_ = now;
+      transport::FrameHeader h;
+      h.type = transport::FrameType::kHeartbeat;
+      channel_.Send(leader, transport::OutgoingFrame::Own(h, {}));
+    }
+  }
+  while (in_flight_ > 0) {
+    if (!channel_.Progress()) channel_.Wait(std::chrono::milliseconds(1));
+  }
+  return exit_code_;
+}
+
+void HostRank::Drop(const transport::FrameHeader& header, const std::string& why) {
+  ++dropped_;
+  spdlog::warn("host rank {}: dropped a frame of type {} from rank {}: {}", job_.self.value,
+               static_cast<int>(header.type), header.source, why);
+}
+
+void HostRank::OnFrame(const transport::FrameHeader& header, std::span<const std::byte> payload) {
+  if (header.source < 0 || static_cast<size_t>(header.source) >= job_.ranks.size() ||
+      job_.ranks[static_cast<size_t>(header.source)].role != cluster::Role::kModel) {
+    return Drop(header, "expected a model rank as the source");
+  }
+  if (header.source == 0) heard_ = Clock::now();
+  switch (header.type) {
+    case transport::FrameType::kKv:
+      return OnKv(header, payload);
+    case transport::FrameType::kKeyMean:
+      return OnKeyMean(header, payload);
+    case transport::FrameType::kQuery:
+      return OnQuery(header, payload);
+    case transport::FrameType::kControl:
+      return OnControl(header, payload);
+    case transport::FrameType::kHeartbeat:
+      return;
+    case transport::FrameType::kPartial:
+      return Drop(header, "partials go to model ranks");
+  }
+  Drop(header, "unknown type");
+}
+
+void HostRank::OnKv(const transport::FrameHeader& header, std::span<const std::byte> payload) {
+  std::string why;
+  const auto views = cluster::ParseKv(shape_, header.count, payload, &why);
+  if (!views) return Drop(header, why);
+  for (const cluster::KvView& v : *views) {
+    const host::AppendSpan span{RequestId(v.entry->request),
+                                header.layer,
+                                v.entry->kv_head,
+                                v.entry->first_token,
+                                v.entry->count,
+                                v.rows.data(),
+                                v.codes.empty() ? nullptr : v.codes.data()};
+    const host::Status status = attention_.Append(span);
+    // A released request's rows may still be under way; they are of no use to anyone.
+    if (status != host::Status::kOk && status != host::Status::kUnknownRequest) {
+      Drop(header, "K, V not taken (status " + std::to_string(static_cast<int>(status)) + ")");
+    }
+  }
+  RetryWaiting();
+}
+
+void HostRank::OnKeyMean(const transport::FrameHeader& header, std::span<const std::byte> payload) {
+  std::string why;
+  const auto views = cluster::ParseKeyMean(shape_, header.count, payload, &why);
+  if (!views) return Drop(header, why);
+  for (const cluster::KeyMeanView& v : *views) {
+    const host::Status status =
+        attention_.SetMean({RequestId(v.entry->request), header.layer, v.entry->kv_head, v.mean});
+    if (status != host::Status::kOk) Drop(header, "mean not taken");
+  }
+  RetryWaiting();
+}
+
+void HostRank::OnQuery(const transport::FrameHeader& header, std::span<const std::byte> payload) {
+  auto query = std::make_shared<Query>();
+  query->header = header;
+  query->payload.assign(payload.begin(), payload.end());
+  std::string why;
+  auto views = cluster::ParseQuery(shape_, header.count, query->payload, &why);
+  if (!views) return Drop(header, why);
+  query->views = std::move(*views);
+  if (Ready(*query)) return Start(std::move(query));
+  if (waiting_.size() >= kMaxWaiting) return Drop(header, "too many queries wait for tokens");
+  waiting_.push_back(std::move(query));
+}
+
+bool HostRank::Ready(const Query& query) const {
+  for (const cluster::QueryView& v : query.views) {
+    for (uint32_t h = 0; h < v.entry->kv_heads; ++h) {
+      if (!attention_.Ready(RequestId(v.entry->request), query.header.layer,
+                            v.entry->first_kv_head + h, v.entry->offloaded_tokens)) {
+        return false;
+      }
+    }
+  }
+  return true;
+}
+
+void HostRank::RetryWaiting() {
+  for (size_t i = waiting_.size(); i > 0; --i) {
+    auto query = std::move(waiting_.front());
+    waiting_.pop_front();
+    if (Ready(*query)) {
+      Start(std::move(query));
+    } else {
+      waiting_.push_back(std::move(query));
+    }
+  }
+}
+
+void HostRank::Start(std::shared_ptr<Query> query) {
+  host::AttendBatch batch;
+  batch.layer = query->header.layer;
+  const size_t head_floats = size_t{shape_.group} * shape_.head_dim;
+  for (const cluster::QueryView& v : query->views) {
+    for (uint32_t h = 0; h < v.entry->kv_heads; ++h) {
+      batch.items.push_back(
+          {RequestId(v.entry->request), v.entry->first_kv_head + h, v.entry->offloaded_tokens,
+           v.entry->exact != 0, v.q.data() + h * head_floats,
+           v.codes.empty() ? nullptr : v.codes.data() + size_t{h} * shape_.group * shape_.l});
+    }
+  }
+  ++in_flight_;
+  const transport::FrameHeader header = query->header;
+  const host::Status status = attention_.Attend(
+      std::move(batch), [this, query](const std::vector<host::PartialItem>& items) {
+        Reply(*query, items);
+        --in_flight_;
+        channel_.Wake();
+      });
+  if (status != host::Status::kOk) {
+    --in_flight_;
+    Drop(header, "query not answered (status " + std::to_string(static_cast<int>(status)) + ")");
+  }
+}
+
+// Runs on a thread of the attention arena.
+void HostRank::Reply(const Query& query, const std::vector<host::PartialItem>& items) {
+  std::vector<const cluster::QueryView*> view_of;
+  std::vector<uint32_t> head_of;
+  for (const cluster::QueryView& v : query.views) {
+    for (uint32_t h = 0; h < v.entry->kv_heads; ++h) {
+      view_of.push_back(&v);
+      head_of.push_back(v.entry->first_kv_head + h);
+    }
+  }
+  std::vector<cluster::PartialEntry> entries;
+  for (const host::PartialItem& item : items) {
+    uint64_t sampled = 0;
+    for (const uint64_t s : item.sampled) sampled += s;
+    const cluster::QueryView& v = *view_of[item.item];
+    entries.push_back({v.entry->request, sampled, v.entry->row, head_of[item.item], item.segment,
+                       static_cast<uint32_t>(host::Status::kOk)});
+  }
+  std::vector<cluster::PartialSpace> spaces;
+  auto payload = cluster::BuildPartial(shape_, entries, &spaces);
+  for (size_t i = 0; i < items.size(); ++i) {
+    std::copy(items[i].max.begin(), items[i].max.end(), spaces[i].max.begin());
+    std::copy(items[i].den.begin(), items[i].den.end(), spaces[i].den.begin());
+    std::copy(items[i].num.begin(), items[i].num.end(), spaces[i].num.begin());
+  }
+  transport::FrameHeader h;
+  h.type = transport::FrameType::kPartial;
+  h.layer = query.header.layer;
+  h.micro_batch = query.header.micro_batch;
+  h.step = query.header.step;
+  h.count = static_cast<uint32_t>(entries.size());
+  channel_.Post(RankId(query.header.source), transport::OutgoingFrame::Own(h, std::move(payload)));
+}
+
+void HostRank::OnControl(const transport::FrameHeader& header, std::span<const std::byte> payload) {
+  cluster::proto::Control message;
+  if (!message.ParseFromArray(payload.data(), static_cast<int>(payload.size()))) {
+    return Drop(header, "not a control message");
+  }
+  if (message.has_open()) {
+    Open(message.open());
+  } else if (message.has_release()) {
+    const host::MemoryUsage usage = attention_.usage();
+    peak_kv_ = std::max(peak_kv_, usage.kv_bytes);
+    peak_tables_ = std::max(peak_tables_, usage.table_bytes);
+    attention_.Release(RequestId(message.release().request()));
+  } else if (message.has_stats_query()) {
+    const host::MemoryUsage usage = attention_.usage();
+    cluster::proto::Control reply;
+    auto& stats = *reply.mutable_stats_reply();
+    stats.set_kv_bytes(std::max(peak_kv_, usage.kv_bytes));
+    stats.set_table_bytes(std::max(peak_tables_, usage.table_bytes));
+    const auto& c = channel_.stats();
+    stats.set_dropped_frames(dropped_ + c.dropped_malformed + c.dropped_nonce + c.dropped_epoch);
+    SendControl(RankId(header.source), reply);
+  } else if (message.has_shutdown()) {
+    stop_ = true;
+    exit_code_ = static_cast<int>(message.shutdown().exit_code());
+  } else {
+    Drop(header, "a control message that host ranks do not take");
+  }
+}
+
+void HostRank::Open(const cluster::proto::OpenRequest& open) {
+  cluster::proto::Control reply;
+  auto& r = *reply.mutable_open_reply();
+  r.set_request(open.request());
+  try {
+    const auto context = static_cast<uint64_t>(job_.model.context_length);
+    if (open.prompt_tokens() > context || open.max_tokens() > context || open.mode() < 1 ||
+        open.mode() > 3 || open.first_host() >= job_.hosts()) {
+      throw Error(ErrorClass::kCluster, "open: a field is out of range");
+    }
+    cluster::RequestPlacement placement;
+    placement.mode = static_cast<cluster::PlacementMode>(open.mode());
+    placement.first_host = open.first_host();
+    placement.hosts = job_.hosts();
+    placement.kv_heads = shape_.kv_heads;
+    attention_.Open(OpenSpecFor(job_, RequestId(open.request()), job_.info().index, placement,
+                                job_.Segments(open.prompt_tokens(), open.max_tokens())));
+    r.set_accepted(true);
+  } catch (const Error& e) {
+    r.set_reason(e.what());
+  }
+  SendControl(RankId{0}, reply);
+}
+
+void HostRank::SendControl(RankId to, const cluster::proto::Control& message) {
+  transport::FrameHeader h;
+  h.type = transport::FrameType::kControl;
+  h.count = 1;
+  channel_.Send(to, transport::OutgoingFrame::Own(h, Serialize(message)));
+}
+
+}  // namespace passel::engine

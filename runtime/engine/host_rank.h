@@ -1,0 +1,64 @@
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <span>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "cluster/control.pb.h"
+#include "host_attention/host_attention.h"
+#include "runtime/engine/job.h"
+#include "transport/channel.h"
+
+namespace passel::engine {
+
+// The loop of a host rank: takes K, V and codes in, answers queries, until it is told to stop or
+// the model ranks are gone. One thread; attention runs on HostAttention's own threads.
+class HostRank {
+ public:
+  HostRank(const Job& job, transport::Channel& channel, uint64_t memory_bytes);
+
+  // Returns the exit code that model rank 0 gave. Throws Error{kCluster} where it fell silent.
+  int Run();
+
+ private:
+  // A query frame that waits for its tokens, or whose answer is being computed.
+  struct Query {
+    transport::FrameHeader header;
+    std::vector<std::byte> payload;
+    std::vector<cluster::QueryView> views;  // into payload
+  };
+
+  void OnFrame(const transport::FrameHeader& header, std::span<const std::byte> payload);
+  void OnKv(const transport::FrameHeader& header, std::span<const std::byte> payload);
+  void OnKeyMean(const transport::FrameHeader& header, std::span<const std::byte> payload);
+  void OnQuery(const transport::FrameHeader& header, std::span<const std::byte> payload);
+  void OnControl(const transport::FrameHeader& header, std::span<const std::byte> payload);
+  void Open(const cluster::proto::OpenRequest& open);
+  void Drop(const transport::FrameHeader& header, const std::string& why);
+  bool Ready(const Query& query) const;
+  void Start(std::shared_ptr<Query> query);
+  void Reply(const Query& query, const std::vector<host::PartialItem>& items);
+  void RetryWaiting();
+  void SendControl(RankId to, const cluster::proto::Control& message);
+
+  const Job& job_;
+  transport::Channel& channel_;
+  cluster::WireShape shape_;
+  host::HostAttention attention_;
+  std::deque<std::shared_ptr<Query>> waiting_;
+  std::atomic<int> in_flight_ = 0;
+  uint64_t dropped_ = 0;
+  uint64_t peak_kv_ = 0, peak_tables_ = 0;
+  std::chrono::steady_clock::time_point heard_;
+  std::chrono::steady_clock::time_point beat_;
+  bool stop_ = false;
+  int exit_code_ = 0;
+};
+
+}  // namespace passel::engine

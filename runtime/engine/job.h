@@ -1,0 +1,50 @@
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "cluster/launch.h"
+#include "cluster/messages.h"
+#include "cluster/shard_map.h"
+#include "configs/config.pb.h"
+#include "host_attention/host_attention.h"
+#include "runtime/model/model_file.h"
+
+namespace passel::engine {
+
+// What every rank knows of the job after start: the config, the model's architecture and the ranks.
+struct Job {
+  config::Config config;
+  model::ModelConfig model;
+  std::vector<cluster::RankInfo> ranks;  // by world rank
+  RankId self;
+
+  const cluster::RankInfo& info() const { return ranks[static_cast<size_t>(self.value)]; }
+  std::vector<RankId> RanksOf(cluster::Role role) const;
+  uint32_t hosts() const { return static_cast<uint32_t>(RanksOf(cluster::Role::kHost).size()); }
+
+  bool lsh() const { return config.attention().estimator() == config::LSH; }
+  bool deterministic() const { return config.engine().deterministic(); }
+  // Query heads of a KV head.
+  uint32_t group() const { return static_cast<uint32_t>(model.heads / model.kv_heads); }
+  // Shapes on the wire. Codes travel for LSH alone.
+  cluster::WireShape wire_shape() const;
+  host::Options host_options(uint64_t memory_bytes) const;
+
+  // How a layer is attended.
+  enum class LayerKind : uint8_t { kResident, kDenseOnHosts, kSampled };
+  std::vector<LayerKind> layer_kinds() const;
+
+  // Offloaded tokens of a sequence of `tokens` tokens: all but sinks and window.
+  uint64_t Offloaded(uint64_t tokens) const;
+  // Segments of a request, as every rank computes them.
+  std::vector<host::SegmentSpec> Segments(uint64_t prompt_tokens, uint64_t max_tokens) const;
+};
+
+// The segments that host `host` holds of a request, and its layers, as HostAttention opens them.
+host::OpenSpec OpenSpecFor(const Job& job, RequestId request, uint32_t host,
+                           const cluster::RequestPlacement& placement,
+                           const std::vector<host::SegmentSpec>& segments);
+
+}  // namespace passel::engine
