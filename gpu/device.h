@@ -63,7 +63,7 @@ struct KvView {
   int64_t tokens = 0;              // valid slots
 };
 
-// Partial results of a batch: max, den: [n, heads] f32; num: [n, heads, head_dim] f32; device
+// Partial results of a batch: max, den: [n, heads] f32; num: [n, heads·head_dim] f32; device
 // memory.
 struct Partials {
   Tensor max;
@@ -109,9 +109,11 @@ class Device {
   // out: [n, out_features] f32. Same bits for a row whatever n is, when deterministic.
   virtual void MatMul(const Linear& w, Tensor x, Tensor out) = 0;
 
-  // out[i] = table[ids[i]], f32. table: [vocab, hidden] bf16. ids: host memory, validated by the
-  // caller.
+  // out[i] = table[ids[i]], f32; zeros where ids[i] < 0 (a row another rank holds). table: [vocab,
+  // hidden] bf16, or a weight of that shape (tied embeddings, held once). ids: host memory,
+  // validated by the caller.
   virtual void Embed(Tensor table, std::span<const int32_t> ids, Tensor out) = 0;
+  virtual void Embed(const Linear& table, std::span<const int32_t> ids, Tensor out) = 0;
   // residual += delta (where delta.data is set); out = residual / rms(residual) · weight.
   // residual, delta: [n, hidden] f32; weight: [1, hidden] f32; out: activation_type or f32.
   virtual void AddRmsNorm(Tensor residual, Tensor delta, Tensor weight, float eps, Tensor out) = 0;
@@ -147,7 +149,10 @@ class Device {
   // mean: [1, cols] f32 of the rows of x (f32 or bf16), summed in float64 on CPUs.
   virtual void ColumnMean(Tensor x, Tensor mean) = 0;
 
-  // into ← into ∪ from, row i of `from` into row rows[i] and heads first_heads[i] … of `into`.
+  // Makes every partial the empty one (−∞, 0, 0).
+  virtual void ClearPartials(Partials partials) = 0;
+  // into ← into ∪ from, row i of `from` into row rows[i] and heads first_heads[i] … of `into`, in
+  // ascending order of i (which fixes the bits).
   // from: host or device-readable staging memory laid out as in cluster/messages.h is unpacked by
   // the caller into Partials whose rows cover `from.max.cols` heads.
   virtual void MergePartials(Partials into, Partials from, std::span<const int32_t> rows,

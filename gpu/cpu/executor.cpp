@@ -1,0 +1,18 @@
+#include "gpu/cpu/executor.h"
+
+#include <omp.h>
+
+namespace passel::gpu::cpu {
+
+SingleThreadedOpenMp::SingleThreadedOpenMp() : threads_before_(omp_get_max_threads()) {
+  omp_set_num_threads(1);
+}
+
+SingleThreadedOpenMp::~SingleThreadedOpenMp() { omp_set_num_threads(threads_before_); }
+
+void Executor::Observer::on_scheduler_entry(bool is_worker) {
+  // The caller of Executor::For has a SingleThreadedOpenMp of its own.
+  if (is_worker) omp_set_num_threads(1);
+}
+
+}  // namespace passel::gpu::cpu

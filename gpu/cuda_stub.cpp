@@ -1,0 +1,10 @@
+#include "gpu/device.h"
+
+namespace passel::gpu {
+
+std::unique_ptr<Device> MakeCudaDevice(const DeviceOptions& /*options*/, std::string* why) {
+  if (why != nullptr) *why = "built without CUDA";
+  return nullptr;
+}
+
+}  // namespace passel::gpu

@@ -1,0 +1,35 @@
+#include "gpu/device.h"
+
+#include "runtime/base/error.h"
+
+namespace passel::gpu {
+
+size_t SizeOf(DType type) {
+  switch (type) {
+    case DType::kF32:
+    case DType::kI32:
+      return 4;
+    case DType::kBf16:
+    case DType::kU16:
+      return 2;
+  }
+  ThrowBug("DType out of range", std::source_location::current());
+}
+
+Tensor Tensor::Rows(int64_t begin, int64_t count) const {
+  Check(begin >= 0 && count >= 0 && begin <= rows - count, "Tensor::Rows: out of range");
+  Tensor t = *this;
+  t.data = static_cast<char*>(data) + static_cast<size_t>(begin * stride) * SizeOf(type);
+  t.rows = count;
+  return t;
+}
+
+Tensor Tensor::Cols(int64_t begin, int64_t count) const {
+  Check(begin >= 0 && count >= 0 && begin <= cols - count, "Tensor::Cols: out of range");
+  Tensor t = *this;
+  t.data = static_cast<char*>(data) + static_cast<size_t>(begin) * SizeOf(type);
+  t.cols = count;
+  return t;
+}
+
+}  // namespace passel::gpu
