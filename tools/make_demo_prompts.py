@@ -7,7 +7,7 @@ is noted in the log again and again, as a log would: the demo's model is small.
 
     tools/make_demo_prompts.py [-n ENTRIES] [-o FILE]
 
-110 entries are about 4,800 tokens for SmolLM2; its context is 8,192.
+110 entries are about 4,900 tokens for SmolLM2; its context is 8,192.
 """
 
 import argparse
@@ -30,8 +30,8 @@ EVENING = [
     "The lamp was lit at dusk.", "The lamp burned well all night.", "We ate soup and bread.",
     "The keeper read aloud from an old book.", "The cat slept by the stove.",
 ]
-FACT = "The supply boat Aurora came with bread, oil and post."
-QUESTION = "What is the name of the supply boat that came to the lighthouse?"
+FACT = "The keeper of the lighthouse is Thomas Gray."
+QUESTION = "What is the name of the keeper of the lighthouse?"
 
 
 def make_log(entries: int, seed: int) -> str:
