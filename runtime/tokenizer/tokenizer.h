@@ -15,6 +15,12 @@ struct TokenizerData {
   enum class TokenType : uint8_t { kNormal, kSpecial, kAdded, kByte, kUnknown };
   Kind kind = Kind::kByteLevelBpe;
   std::string pre_tokenizer;  // "smollm", "llama-bpe", "gpt-2", "qwen2", …
+  // A tokenizer.json's own pattern (empty: the one that pre_tokenizer names); with it, whether
+  // numeric characters are split one by one first, and whether a word that is a token is taken
+  // without merging.
+  std::string pattern;
+  bool split_digits = false;
+  bool ignore_merges = false;
   std::vector<std::string> tokens;
   std::vector<TokenType> types;
   std::vector<std::string> merges;  // "left right", in rank order

@@ -1,0 +1,175 @@
+#include "runtime/tokenizer/byte_level_tokenizer.h"
+
+#include <fmt/format.h>
+
+#include <array>
+#include <unordered_map>
+
+#include "runtime/base/error.h"
+#include "runtime/tokenizer/bpe.h"
+#include "runtime/tokenizer/byte_alphabet.h"
+#include "runtime/tokenizer/chat_template.h"
+#include "runtime/tokenizer/pre_tokenizer.h"
+#include "runtime/tokenizer/special_tokens.h"
+#include "runtime/tokenizer/utf8.h"
+
+namespace passel {
+namespace {
+
+class ByteLevelTokenizer final : public Tokenizer {
+ public:
+  explicit ByteLevelTokenizer(const TokenizerData& data)
+      : data_(data),
+        words_(data_.pattern.empty()
+                   ? PreTokenizer::Make(data_.pre_tokenizer)
+                   : PreTokenizer::FromPattern(data_.pattern, data_.split_digits)),
+        special_(data_),
+        chat_(data_) {
+    const std::unordered_map<std::string_view, int32_t> ids = IndexTokens();
+    for (int b = 0; b < 256; ++b) {
+      const auto it = ids.find(alphabet_.Character(static_cast<uint8_t>(b)));
+      byte_ids_[static_cast<size_t>(b)] = it == ids.end() ? -1 : it->second;
+    }
+    ReadMerges(ids);
+    DecodeTokens();
+    data_.merges.clear();
+  }
+
+  std::vector<int32_t> Encode(std::string_view text, bool allow_special) const override {
+    std::vector<int32_t> ids;
+    if (data_.add_bos && data_.bos >= 0) ids.push_back(data_.bos);
+    std::vector<std::string_view> words;
+    std::vector<int32_t> symbols;
+    while (!text.empty()) {
+      const SpecialTokens::Match match = special_.Find(text, allow_special);
+      EncodeText(text.substr(0, match.at), words, symbols, ids);
+      if (match.id >= 0) ids.push_back(match.id);
+      text.remove_prefix(match.at + match.size);
+    }
+    return ids;
+  }
+
+  std::string TokenBytes(int32_t id, bool keep_special) const override {
+    if (id < 0 || id >= vocab_size()) return "";
+    const auto index = static_cast<size_t>(id);
+    if (data_.types[index] == TokenizerData::TokenType::kSpecial && !keep_special) return "";
+    return token_bytes_[index];
+  }
+
+  int32_t vocab_size() const override { return static_cast<int32_t>(data_.tokens.size()); }
+  std::span<const int32_t> stop_ids() const override { return data_.stop; }
+  std::string ApplyChatTemplate(std::span<const ChatMessage> messages) const override {
+    return chat_.Apply(messages);
+  }
+
+ private:
+  // Token text → id; of equal texts the first.
+  std::unordered_map<std::string_view, int32_t> IndexTokens() const {
+    std::unordered_map<std::string_view, int32_t> ids;
+    ids.reserve(data_.tokens.size());
+    for (size_t i = 0; i < data_.tokens.size(); ++i) {
+      ids.emplace(data_.tokens[i], static_cast<int32_t>(i));
+    }
+    return ids;
+  }
+
+  void ReadMerges(const std::unordered_map<std::string_view, int32_t>& ids) {
+    for (size_t rank = 0; rank < data_.merges.size(); ++rank) {
+      const std::string_view merge = data_.merges[rank];
+      const size_t space = merge.find(' ');
+      const auto id_of = [&](std::string_view token) {
+        const auto it = ids.find(token);
+        if (it == ids.end()) {
+          throw Error(ErrorClass::kModel,
+                      fmt::format("tokenizer: merge {} (\"{}\") needs \"{}\", which is no token; "
+                                  "expected two tokens whose union is a token",
+                                  rank, merge, token));
+        }
+        return it->second;
+      };
+      if (space == std::string_view::npos) {
+        throw Error(ErrorClass::kModel,
+                    fmt::format("tokenizer: merge {} is \"{}\"; expected two tokens with a space "
+                                "between them",
+                                rank, merge));
+      }
+      const std::string_view left = merge.substr(0, space), right = merge.substr(space + 1);
+      merges_.Add(id_of(left), id_of(right),
+                  {static_cast<int32_t>(rank), id_of(fmt::format("{}{}", left, right))});
+    }
+  }
+
+  void DecodeTokens() {
+    token_bytes_.reserve(data_.tokens.size());
+    const bool whole_words = data_.ignore_merges || IgnoresMerges(data_.pre_tokenizer);
+    for (size_t i = 0; i < data_.tokens.size(); ++i) {
+      const TokenizerData::TokenType type = data_.types[i];
+      const bool literal =
+          type == TokenizerData::TokenType::kSpecial || type == TokenizerData::TokenType::kAdded;
+      // A token with a character outside the alphabet stands for its own text.
+      token_bytes_.push_back(
+          literal ? data_.tokens[i] : alphabet_.ToBytes(data_.tokens[i]).value_or(data_.tokens[i]));
+    }
+    if (!whole_words) return;
+    for (size_t i = 0; i < token_bytes_.size(); ++i) {
+      if (data_.types[i] == TokenizerData::TokenType::kNormal) {
+        whole_words_.emplace(token_bytes_[i], static_cast<int32_t>(i));
+      }
+    }
+  }
+
+  // Text without special tokens. Well-formed runs are cut into words; a byte that is not part of
+  // a well-formed character is a word of its own.
+  void EncodeText(std::string_view text, std::vector<std::string_view>& words,
+                  std::vector<int32_t>& symbols, std::vector<int32_t>& ids) const {
+    while (!text.empty()) {
+      size_t run = 0;
+      size_t bad = 0;
+      while (run < text.size() && bad == 0) {
+        const Utf8Step step = NextUtf8(text.substr(run));
+        (step.kind == Utf8Step::Kind::kValid ? run : bad) += step.size;
+      }
+      words.clear();
+      words_->Split(text.substr(0, run), words);
+      for (const std::string_view word : words) EncodeWord(word, symbols, ids);
+      for (size_t i = 0; i < bad; ++i) EncodeWord(text.substr(run + i, 1), symbols, ids);
+      text.remove_prefix(run + bad);
+    }
+  }
+
+  void EncodeWord(std::string_view word, std::vector<int32_t>& symbols,
+                  std::vector<int32_t>& ids) const {
+    if (!whole_words_.empty()) {
+      if (const auto it = whole_words_.find(word); it != whole_words_.end()) {
+        ids.push_back(it->second);
+        return;
+      }
+    }
+    symbols.clear();
+    for (const char c : word) {
+      // A byte that the vocabulary lacks is left out, as Hugging Face's BPE without an unknown
+      // token does.
+      if (const int32_t id = byte_ids_[static_cast<uint8_t>(c)]; id >= 0) symbols.push_back(id);
+    }
+    merges_.Apply(symbols);
+    ids.insert(ids.end(), symbols.begin(), symbols.end());
+  }
+
+  TokenizerData data_;
+  ByteAlphabet alphabet_;
+  std::unique_ptr<PreTokenizer> words_;
+  SpecialTokens special_;
+  ChatTemplate chat_;
+  std::array<int32_t, 256> byte_ids_{};
+  MergeTable merges_;
+  std::vector<std::string> token_bytes_;
+  std::unordered_map<std::string_view, int32_t> whole_words_;  // empty: words are always merged
+};
+
+}  // namespace
+
+std::unique_ptr<Tokenizer> MakeByteLevelTokenizer(const TokenizerData& data) {
+  return std::make_unique<ByteLevelTokenizer>(data);
+}
+
+}  // namespace passel

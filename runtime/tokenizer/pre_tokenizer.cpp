@@ -1,0 +1,162 @@
+#define PCRE2_CODE_UNIT_WIDTH 8
+#include "runtime/tokenizer/pre_tokenizer.h"
+
+#include <fmt/format.h>
+#include <pcre2.h>
+
+#include <algorithm>
+#include <array>
+
+#include "runtime/base/error.h"
+
+namespace passel {
+namespace {
+
+constexpr std::string_view kGpt2 =
+    R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+)";
+constexpr std::string_view kLlama3 =
+    R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|)"
+    R"( ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
+constexpr std::string_view kQwen2 =
+    R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|)"
+    R"( ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
+
+struct Known {
+  std::string_view name;
+  std::string_view pattern;
+  bool split_digits;
+  bool ignore_merges;
+};
+constexpr std::array kKnown = {
+    Known{"gpt-2", kGpt2, false, false},   Known{"default", kGpt2, false, false},
+    Known{"smollm", kGpt2, true, false},   Known{"llama-bpe", kLlama3, false, true},
+    Known{"llama3", kLlama3, false, true}, Known{"llama-v3", kLlama3, false, true},
+    Known{"qwen2", kQwen2, false, false},
+};
+
+const Known* Find(std::string_view name) {
+  const auto* it =
+      std::find_if(kKnown.begin(), kKnown.end(), [&](const Known& k) { return k.name == name; });
+  return it == kKnown.end() ? nullptr : it;
+}
+
+// Unicode's White_Space, which the patterns' authors mean by \s. PCRE2's own \s adds U+180E.
+std::string WithUnicodeSpace(std::string_view pattern) {
+  static constexpr std::string_view kSpace =
+      R"(\x{9}-\x{d}\x{20}\x{85}\x{a0}\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}\x{205f}\x{3000})";
+  std::string out;
+  bool in_class = false;
+  for (size_t i = 0; i < pattern.size(); ++i) {
+    const char c = pattern[i];
+    if (c != '\\' || i + 1 == pattern.size()) {
+      in_class = c == '[' || (in_class && c != ']');
+      out.push_back(c);
+      continue;
+    }
+    const char escaped = pattern[++i];
+    if (escaped == 's') {
+      out += in_class ? std::string(kSpace) : fmt::format("[{}]", kSpace);
+    } else if (escaped == 'S' && !in_class) {
+      out += fmt::format("[^{}]", kSpace);
+    } else {
+      out += {c, escaped};
+    }
+  }
+  return out;
+}
+
+}  // namespace
+
+// A compiled pattern. Match data is made per call, so that threads share the code alone.
+struct PreTokenizer::Regex {
+  explicit Regex(std::string_view pattern) {
+    const std::string text = WithUnicodeSpace(pattern);
+    int error = 0;
+    PCRE2_SIZE offset = 0;
+    code = pcre2_compile(reinterpret_cast<PCRE2_SPTR>(text.data()), text.size(),
+                         PCRE2_UTF | PCRE2_UCP, &error, &offset, nullptr);
+    if (code == nullptr) {
+      std::array<PCRE2_UCHAR, 256> message{};
+      pcre2_get_error_message(error, message.data(), message.size());
+      throw Error(ErrorClass::kModel,
+                  fmt::format("tokenizer: pre-tokeniser pattern \"{}\": {} at {}", text,
+                              reinterpret_cast<const char*>(message.data()), offset));
+    }
+    // Where the machine has no JIT, the interpreter matches the same.
+    pcre2_jit_compile(code, PCRE2_JIT_COMPLETE);
+  }
+  ~Regex() { pcre2_code_free(code); }
+  Regex(const Regex&) = delete;
+  Regex& operator=(const Regex&) = delete;
+
+  // Calls piece(view) for every match and every gap between matches, in order.
+  template <typename Piece>
+  void Split(std::string_view text, pcre2_match_data* match, Piece piece) const {
+    size_t at = 0, gap = 0;
+    while (at < text.size()) {
+      const int rc = pcre2_match(code, reinterpret_cast<PCRE2_SPTR>(text.data()), text.size(), at,
+                                 PCRE2_NO_UTF_CHECK, match, nullptr);
+      if (rc == PCRE2_ERROR_NOMATCH) break;
+      if (rc < 0) {
+        throw Error(ErrorClass::kModel,
+                    fmt::format("tokenizer: pre-tokeniser pattern failed (PCRE2 error {})", rc));
+      }
+      const PCRE2_SIZE* range = pcre2_get_ovector_pointer(match);
+      if (range[1] <= range[0]) {  // an empty match: go on behind the next character
+        at = range[0] + 1;
+        while (at < text.size() && (static_cast<uint8_t>(text[at]) & 0xc0) == 0x80) ++at;
+        continue;
+      }
+      if (range[0] > gap) piece(text.substr(gap, range[0] - gap));
+      piece(text.substr(range[0], range[1] - range[0]));
+      at = gap = range[1];
+    }
+    if (gap < text.size()) piece(text.substr(gap));
+  }
+
+  pcre2_code* code;
+};
+
+PreTokenizer::PreTokenizer(const std::string& pattern, bool split_digits)
+    : digits_(split_digits ? std::make_unique<Regex>(R"(\p{N})") : nullptr),
+      words_(std::make_unique<Regex>(pattern)) {}
+
+PreTokenizer::~PreTokenizer() = default;
+
+std::unique_ptr<PreTokenizer> PreTokenizer::Make(const std::string& name) {
+  const Known* known = Find(name);
+  if (known == nullptr) {
+    throw Error(ErrorClass::kModel,
+                fmt::format("tokenizer: pre-tokeniser \"{}\" is not served; expected gpt-2, "
+                            "smollm, llama-bpe or qwen2",
+                            name));
+  }
+  return FromPattern(std::string(known->pattern), known->split_digits);
+}
+
+std::unique_ptr<PreTokenizer> PreTokenizer::FromPattern(const std::string& pattern,
+                                                        bool split_digits) {
+  return std::unique_ptr<PreTokenizer>(new PreTokenizer(pattern, split_digits));
+}
+
+void PreTokenizer::Split(std::string_view text, std::vector<std::string_view>& words) const {
+  const std::unique_ptr<pcre2_match_data, decltype(&pcre2_match_data_free)> match(
+      pcre2_match_data_create(1, nullptr), &pcre2_match_data_free);
+  if (match == nullptr) throw Error(ErrorClass::kMemory, "tokenizer: no memory to match text");
+  const auto split_words = [&](std::string_view piece) {
+    words_->Split(piece, match.get(), [&](std::string_view word) { words.push_back(word); });
+  };
+  // Look-ahead does not see past a digit: the pieces are texts of their own.
+  if (digits_ == nullptr) {
+    split_words(text);
+  } else {
+    digits_->Split(text, match.get(), split_words);
+  }
+}
+
+bool IgnoresMerges(const std::string& pre_tokenizer) {
+  const Known* known = Find(pre_tokenizer);
+  return known != nullptr && known->ignore_merges;
+}
+
+}  // namespace passel
