@@ -1,0 +1,108 @@
+#include "host_attention/kernels.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+namespace passel::host {
+namespace {
+
+float MaxAbs(const bf16* x, uint32_t n) {
+  float m = 0;
+  for (uint32_t j = 0; j < n; ++j) m = std::max(m, std::fabs(ToFloat(x[j])));
+  return m;
+}
+
+void Quantize(const bf16* x, uint32_t n, float scale, int8_t* out) {
+  const float inverse = scale > 0 ? 1.0f / scale : 0.0f;
+  for (uint32_t j = 0; j < n; ++j) {
+    const float y = std::nearbyint(ToFloat(x[j]) * inverse);
+    out[j] = static_cast<int8_t>(std::clamp(std::isnan(y) ? 0.0f : y, -127.0f, 127.0f));
+  }
+}
+
+}  // namespace
+
+size_t RowStride(KvType type, uint32_t head_dim) {
+  const size_t d = head_dim;
+  return type == KvType::kBf16 ? 4 * d : 2 * d + 2 * sizeof(float);
+}
+
+void StoreRow(KvType type, uint32_t head_dim, const bf16* kv, std::byte* row) {
+  if (type == KvType::kBf16) {
+    std::memcpy(row, kv, 2 * size_t{head_dim} * sizeof(bf16));
+    return;
+  }
+  const float scales[2] = {MaxAbs(kv, head_dim) / 127.0f, MaxAbs(kv + head_dim, head_dim) / 127.0f};
+  std::memcpy(row, scales, sizeof(scales));
+  auto* values = reinterpret_cast<int8_t*>(row + sizeof(scales));
+  Quantize(kv, head_dim, scales[0], values);
+  Quantize(kv + head_dim, head_dim, scales[1], values + head_dim);
+}
+
+void LoadRow(const RowsView& rows, size_t index, float* k, float* v) {
+  const std::byte* row = rows.data + index * rows.stride;
+  const uint32_t d = rows.head_dim;
+  if (rows.type == KvType::kBf16) {
+    const auto* x = reinterpret_cast<const bf16*>(row);
+    for (uint32_t j = 0; j < d; ++j) {
+      k[j] = ToFloat(x[j]);
+      v[j] = ToFloat(x[d + j]);
+    }
+    return;
+  }
+  float scales[2];
+  std::memcpy(scales, row, sizeof(scales));
+  const auto* x = reinterpret_cast<const int8_t*>(row + sizeof(scales));
+  for (uint32_t j = 0; j < d; ++j) {
+    k[j] = scales[0] * static_cast<float>(x[j]);
+    v[j] = scales[1] * static_cast<float>(x[d + j]);
+  }
+}
+
+size_t WorkFloats(uint32_t heads, uint32_t head_dim) {
+  // Arranged q, mean and num padded to 32 each, 32 scores a head; alignment to 64 bytes.
+  const size_t padded = (size_t{head_dim} + 31) / 32 * 32;
+  return heads * (2 * padded + 32) + padded + 16;
+}
+
+const Kernels& KernelsFor(Isa isa) {
+  switch (isa) {
+    case Isa::kAvx512:
+      return kAvx512Kernels;
+    case Isa::kAvx2:
+      return kAvx2Kernels;
+    case Isa::kScalar:
+      break;
+  }
+  return kScalarKernels;
+}
+
+double InclusionProbability(double cosine, uint32_t k, uint32_t l) {
+  if (l < 2) return 1;
+  const double c = std::clamp(std::isnan(cosine) ? 0.0 : cosine, -1.0, 1.0);
+  // acos(−c)/π is 1 − acos(c)/π without the cancellation at c → −1.
+  const double p = std::acos(-c) / 3.14159265358979323846;
+  const double agree = std::min(std::pow(p, k), 1.0);
+  const double tables = l;
+  const double expected = (tables - 1) * agree;
+  double u;
+  if (expected < 0.5) {
+    // Few agreements are expected: 1 − … would cancel. The binomial tail Σ_{j≥2} is a sum of
+    // positive terms with ratios below expected/(j + 1).
+    const double ratio = agree / (1 - agree);
+    double series = 1;
+    for (int j = 12; j >= 1; --j) {
+      series = 1 + ratio * std::max(0.0, tables - 1 - j) / (j + 2) * series;
+    }
+    u = tables * (tables - 1) / 2 * agree * agree * std::exp((tables - 2) * std::log1p(-agree)) *
+        series;
+  } else if (agree >= 1) {
+    u = 1;
+  } else {
+    u = -std::expm1((tables - 1) * std::log1p(-agree) + std::log1p(expected));
+  }
+  return std::clamp(u, 1e-30, 1.0);
+}
+
+}  // namespace passel::host

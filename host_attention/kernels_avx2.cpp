@@ -1,0 +1,26 @@
+// The avx2 level. Nothing with external linkage is defined under the target pragma.
+#include <immintrin.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "host_attention/kernels.h"
+#include "runtime/base/partial.h"
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wpsabi"
+#include "host_attention/simd_attend.h"
+#include "host_attention/simd_avx2.h"
+#include "host_attention/simd_kernels.h"
+#include "host_attention/simd_math.h"
+#include "host_attention/simd_probe.h"
+#pragma GCC diagnostic pop
+#pragma GCC pop_options
+
+namespace passel::host {
+
+const Kernels kAvx2Kernels = kTable;
+
+}  // namespace passel::host

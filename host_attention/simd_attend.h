@@ -1,0 +1,350 @@
+#pragma once
+// Attention over K and V rows, over the Simd of the including file. Vectors are kept "arranged":
+// in chunks of 2·kLanes floats, padded by zeros to whole chunks, in the order in which a row
+// format unpacks (even elements, then odd ones, for bf16; the natural order for int8).
+
+namespace passel::host {
+namespace {
+
+inline constexpr uint32_t kChunk = 2 * Simd::kLanes;
+inline constexpr int kTile = 16;  // rows scored together
+
+struct Shape {
+  uint32_t d = 0, chunks = 0, padded = 0;
+  bool half = false;  // the last chunk holds kLanes elements
+  explicit Shape(uint32_t head_dim)
+      : d(head_dim),
+        chunks((head_dim + kChunk - 1) / kChunk),
+        padded(chunks * kChunk),
+        half(head_dim % kChunk != 0) {}
+};
+
+struct Bf16Rows {
+  static constexpr bool kInterleaved = true;
+  struct Part {
+    const std::byte* p;
+  };
+  static Part K(const std::byte* row, const Shape&) { return {row}; }
+  static Part V(const std::byte* row, const Shape& s) { return {row + 2 * s.d}; }
+  static void Load(Part part, uint32_t chunk, bool half, F* a, F* b) {
+    const std::byte* p = part.p + 2 * kChunk * chunk;
+    if (half) {
+      Simd::LoadBf16Half(p, a, b);
+    } else {
+      Simd::LoadBf16(p, a, b);
+    }
+  }
+};
+
+struct Int8Rows {
+  static constexpr bool kInterleaved = false;
+  struct Part {
+    const std::byte* p;
+    F scale;
+  };
+  static Part Get(const std::byte* row, size_t scale_at, size_t values_at) {
+    float scale;
+    __builtin_memcpy(&scale, row + scale_at, sizeof(scale));
+    return {row + values_at, Simd::Set1(scale)};
+  }
+  static Part K(const std::byte* row, const Shape&) { return Get(row, 0, 8); }
+  static Part V(const std::byte* row, const Shape& s) { return Get(row, 4, 8 + s.d); }
+  static void Load(const Part& part, uint32_t chunk, bool half, F* a, F* b) {
+    const std::byte* p = part.p + kChunk * chunk;
+    *a = Simd::Mul(Simd::LoadInt8(p), part.scale);
+    *b = half ? Simd::Zero() : Simd::Mul(Simd::LoadInt8(p + Simd::kLanes), part.scale);
+  }
+};
+
+// Where element j of a vector stands when arranged.
+template <class Rows>
+inline uint32_t ArrangedIndex(uint32_t j) {
+  if (!Rows::kInterleaved) return j;
+  const uint32_t in = j % kChunk;
+  return j - in + in / 2 + (in % 2) * Simd::kLanes;
+}
+template <class Rows>
+inline void Arrange(const float* x, const Shape& s, float* out) {
+  for (uint32_t j = 0; j < s.padded; ++j) out[j] = 0;
+  for (uint32_t j = 0; j < s.d; ++j) out[ArrangedIndex<Rows>(j)] = x[j];
+}
+template <class Rows>
+inline void Restore(const float* arranged, const Shape& s, float* x) {
+  for (uint32_t j = 0; j < s.d; ++j) x[j] = arranged[ArrangedIndex<Rows>(j)];
+}
+
+inline float* Aligned(float* p) {
+  return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(p) + 63) & ~uintptr_t{63});
+}
+
+inline void PrefetchBytes(const std::byte* p, size_t bytes) {
+  for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch(p + at, 0, 3);
+}
+
+// Stores the sums of 16 accumulators.
+inline void StoreSums(const F* acc, float* out) {
+  for (int i = 0; i < kTile; i += Simd::kLanes) Simd::Store(out + i, Simd::ReduceLanes(acc + i));
+}
+
+// dots[r·kHeads + h] = q_h·k_r for kTile / kHeads rows. q: [kHeads, padded], arranged.
+template <class Rows, int kHeads>
+inline void DotTile(const std::byte* const* rows, const Shape& s, const float* q, float* dots) {
+  constexpr int kRows = kTile / kHeads;
+  F acc[kTile];
+  for (F& a : acc) a = Simd::Zero();
+  typename Rows::Part parts[kRows];
+  for (int r = 0; r < kRows; ++r) parts[r] = Rows::K(rows[r], s);
+  const auto chunk = [&](uint32_t c, bool half) {
+    F qa[kHeads], qb[kHeads];
+    for (int h = 0; h < kHeads; ++h) {
+      qa[h] = Simd::Load(q + h * s.padded + c * kChunk);
+      qb[h] = Simd::Load(q + h * s.padded + c * kChunk + Simd::kLanes);
+    }
+    for (int r = 0; r < kRows; ++r) {
+      F a, b;
+      Rows::Load(parts[r], c, half, &a, &b);
+      for (int h = 0; h < kHeads; ++h) {
+        F& sum = acc[r * kHeads + h];
+        sum = Simd::Fma(b, qb[h], Simd::Fma(a, qa[h], sum));
+      }
+    }
+  };
+  const uint32_t whole = s.half ? s.chunks - 1 : s.chunks;
+  for (uint32_t c = 0; c < whole; ++c) chunk(c, false);
+  if (s.half) chunk(whole, true);
+  StoreSums(acc, dots);
+}
+
+// dots[r] = q·k_r and norms[r] = |k_r − mean|² of 16 rows; prefetches next[r]'s K on the way.
+template <class Rows>
+inline void DotNormTile(const std::byte* const* rows, const std::byte* const* next,
+                        size_t next_bytes, const Shape& s, const float* q, const float* mean,
+                        float* dots, float* norms) {
+  F acc[kTile], squares[kTile];
+  const uint32_t whole = s.half ? s.chunks - 1 : s.chunks;
+  for (int r = 0; r < kTile; ++r) {
+    PrefetchBytes(next[r], next_bytes);
+    const typename Rows::Part part = Rows::K(rows[r], s);
+    F dot0 = Simd::Zero(), dot1 = dot0, square0 = dot0, square1 = dot0;
+    const auto chunk = [&](uint32_t c, bool half) {
+      F a, b;
+      Rows::Load(part, c, half, &a, &b);
+      dot0 = Simd::Fma(a, Simd::Load(q + c * kChunk), dot0);
+      dot1 = Simd::Fma(b, Simd::Load(q + c * kChunk + Simd::kLanes), dot1);
+      a = Simd::Sub(a, Simd::Load(mean + c * kChunk));
+      b = Simd::Sub(b, Simd::Load(mean + c * kChunk + Simd::kLanes));
+      square0 = Simd::Fma(a, a, square0);
+      square1 = Simd::Fma(b, b, square1);
+    };
+    for (uint32_t c = 0; c < whole; ++c) chunk(c, false);
+    if (s.half) chunk(whole, true);
+    acc[r] = Simd::Add(dot0, dot1);
+    squares[r] = Simd::Add(square0, square1);
+  }
+  StoreSums(acc, dots);
+  StoreSums(squares, norms);
+}
+
+// num_h += Σ_r weights[h·stride + r] · v_r, r < count; num: [kHeads, padded], arranged.
+template <class Rows, int kHeads>
+inline void AddValues(const std::byte* const* rows, int count, const Shape& s, const float* weights,
+                      int stride, float* num) {
+  const auto chunk = [&](uint32_t c, bool half) {
+    F a[kHeads], b[kHeads];
+    for (int h = 0; h < kHeads; ++h) {
+      a[h] = Simd::Load(num + h * s.padded + c * kChunk);
+      b[h] = Simd::Load(num + h * s.padded + c * kChunk + Simd::kLanes);
+    }
+    for (int r = 0; r < count; ++r) {
+      F x, y;
+      Rows::Load(Rows::V(rows[r], s), c, half, &x, &y);
+      for (int h = 0; h < kHeads; ++h) {
+        const F w = Simd::Set1(weights[h * stride + r]);
+        a[h] = Simd::Fma(w, x, a[h]);
+        b[h] = Simd::Fma(w, y, b[h]);
+      }
+    }
+    for (int h = 0; h < kHeads; ++h) {
+      Simd::Store(num + h * s.padded + c * kChunk, a[h]);
+      Simd::Store(num + h * s.padded + c * kChunk + Simd::kLanes, b[h]);
+    }
+  };
+  const uint32_t whole = s.half ? s.chunks - 1 : s.chunks;
+  for (uint32_t c = 0; c < whole; ++c) chunk(c, false);
+  if (s.half) chunk(whole, true);
+}
+
+// Raises a running maximum to `top`, rescaling den and num (arranged).
+inline void Raise(float top, const Shape& s, float* max, float* den, float* num) {
+  if (top <= *max) return;
+  float lanes[Simd::kLanes];
+  Simd::Store(lanes, Exp(Simd::Set1(*max - top)));
+  const float w = *max == kEmptyMax ? 0.0f : lanes[0];
+  *max = top;
+  *den *= w;
+  for (uint32_t j = 0; j < s.padded; j += Simd::kLanes) {
+    Simd::Store(num + j, Simd::Mul(Simd::Load(num + j), Simd::Set1(w)));
+  }
+}
+
+template <class Rows>
+void AttendListOf(const RowsView& rows, const uint32_t* ids, size_t count, const float* q,
+                  const Weighting& weighting, float* work, PartialRef partial) {
+  const Shape s(rows.head_dim);
+  float* qa = Aligned(work);
+  float* mean = qa + s.padded;
+  float* num = mean + s.padded;
+  Arrange<Rows>(q, s, qa);
+  Arrange<Rows>(partial.num, s, num);
+  if (weighting.l > 0) {
+    Arrange<Rows>(weighting.mean, s, mean);
+  } else {
+    for (uint32_t j = 0; j < s.padded; ++j) mean[j] = 0;
+  }
+  F q_mean = Simd::Zero(), q_square = Simd::Zero();
+  for (uint32_t j = 0; j < s.padded; j += Simd::kLanes) {
+    const F x = Simd::Load(qa + j);
+    q_mean = Simd::Fma(x, Simd::Load(mean + j), q_mean);
+    q_square = Simd::Fma(x, x, q_square);
+  }
+  const F q_dot_mean = Simd::Set1(Simd::ReduceAdd(q_mean));
+  const float q_norm2 = Simd::ReduceAdd(q_square);
+  const F q_norm = Simd::Sqrt(Simd::Set1(q_norm2));
+  const F scale = Simd::Div(Simd::Set1(1.0f), Simd::Sqrt(Simd::Set1(static_cast<float>(s.d))));
+  const size_t k_bytes = rows.stride / 2;
+  const std::byte* tile[2 * kTile];  // this tile's rows and the next one's
+  const auto fill = [&](size_t at, const std::byte** out) {
+    for (size_t r = 0; r < kTile; ++r) {
+      const size_t i = at + r < count ? at + r : count - 1;
+      out[r] = rows.data + size_t{ids[i]} * rows.stride;
+    }
+  };
+  if (count > 0) {
+    fill(0, tile);
+    for (int r = 0; r < kTile; ++r) PrefetchBytes(tile[r], rows.stride);
+  }
+  alignas(64) float dots[kTile], norms[kTile], weights[kTile];
+  for (size_t at = 0; at < count; at += kTile) {
+    const int valid = static_cast<int>(count - at < kTile ? count - at : kTile);
+    fill(at + kTile, tile + kTile);
+    DotNormTile<Rows>(tile, tile + kTile, k_bytes, s, qa, mean, dots, norms);
+    for (int r = 0; r < kTile; ++r) PrefetchBytes(tile[kTile + r] + k_bytes, rows.stride - k_bytes);
+    F top = Simd::Set1(kEmptyMax);
+    for (int r = 0; r < kTile; r += Simd::kLanes) top = Simd::Max(top, Simd::Load(dots + r));
+    // Padding repeats the last row, so it leaves the maximum alone.
+    float scales[Simd::kLanes];
+    Simd::Store(scales, scale);
+    Raise(Simd::ReduceMax(top) * scales[0], s, partial.max, partial.den, num);
+    F sum = Simd::Zero();
+    for (int r = 0; r < kTile; r += Simd::kLanes) {
+      const F dot = Simd::Load(dots + r);
+      F w = Exp(Simd::Sub(Simd::Mul(dot, scale), Simd::Set1(*partial.max)));
+      if (weighting.l > 0) {
+        const F length = Simd::Mul(q_norm, Simd::Sqrt(Simd::Load(norms + r)));
+        const F cosine = Simd::IfLess(Simd::Zero(), length,
+                                      Simd::Div(Simd::Sub(dot, q_dot_mean), length), Simd::Zero());
+        w = Simd::Div(w, Inclusion(cosine, weighting.k, weighting.l));
+      }
+      Simd::Store(weights + r, w);
+      for (int i = r; i < r + Simd::kLanes; ++i) {
+        if (i >= valid) weights[i] = 0;
+      }
+      sum = Simd::Add(sum, Simd::Load(weights + r));
+    }
+    *partial.den += Simd::ReduceAdd(sum);
+    AddValues<Rows, 1>(tile, valid, s, weights, kTile, num);
+    for (int r = 0; r < kTile; ++r) tile[r] = tile[kTile + r];
+  }
+  Restore<Rows>(num, s, partial.num);
+}
+
+// One tile of ≤ 32 rows for kHeads heads; the state is arranged.
+template <class Rows, int kHeads>
+inline void DenseTile(const std::byte* const* rows, int valid, const Shape& s, const float* q,
+                      float scale, float* max, float* den, float* num, float* weights) {
+  constexpr int kRows = kTile / kHeads;
+  alignas(64) float dots[kTile];
+  for (int r = 0; r < 2 * kTile; r += kRows) {
+    DotTile<Rows, kHeads>(rows + r, s, q, dots);
+    for (int i = 0; i < kRows; ++i) {
+      for (int h = 0; h < kHeads; ++h) weights[h * 2 * kTile + r + i] = dots[i * kHeads + h];
+    }
+  }
+  for (int h = 0; h < kHeads; ++h) {
+    float* w = weights + h * 2 * kTile;
+    F top = Simd::Load(w);
+    for (int r = Simd::kLanes; r < 2 * kTile; r += Simd::kLanes) {
+      top = Simd::Max(top, Simd::Load(w + r));
+    }
+    Raise(Simd::ReduceMax(top) * scale, s, max + h, den + h, num + h * s.padded);
+    F sum = Simd::Zero();
+    for (int r = 0; r < 2 * kTile; r += Simd::kLanes) {
+      const F x = Simd::Mul(Simd::Load(w + r), Simd::Set1(scale));
+      Simd::Store(w + r, Exp(Simd::Sub(x, Simd::Set1(max[h]))));
+      for (int i = r; i < r + Simd::kLanes; ++i) {
+        if (i >= valid) w[i] = 0;
+      }
+      sum = Simd::Add(sum, Simd::Load(w + r));
+    }
+    den[h] += Simd::ReduceAdd(sum);
+  }
+  AddValues<Rows, kHeads>(rows, valid, s, weights, 2 * kTile, num);
+}
+
+template <class Rows>
+void AttendDenseOf(const RowsView& rows, size_t first, size_t count, const float* q, uint32_t heads,
+                   float* work, float* max, float* den, float* num) {
+  const Shape s(rows.head_dim);
+  float* qa = Aligned(work);
+  float* sums = qa + size_t{heads} * s.padded;
+  float* weights = sums + size_t{heads} * s.padded;
+  for (size_t h = 0; h < heads; ++h) {
+    Arrange<Rows>(q + h * s.d, s, qa + h * s.padded);
+    Arrange<Rows>(num + h * s.d, s, sums + h * s.padded);
+  }
+  float lanes[Simd::kLanes];
+  Simd::Store(lanes, Simd::Sqrt(Simd::Set1(static_cast<float>(s.d))));
+  const float scale = 1.0f / lanes[0];
+  const std::byte* tile[2 * kTile];
+  for (size_t at = 0; at < count; at += 2 * kTile) {
+    const int valid = static_cast<int>(count - at < 2 * kTile ? count - at : 2 * kTile);
+    for (int r = 0; r < 2 * kTile; ++r) {
+      const size_t i = first + at + static_cast<size_t>(r < valid ? r : valid - 1);
+      tile[r] = rows.data + i * rows.stride;
+      PrefetchBytes(tile[r] + 2 * kTile * rows.stride, rows.stride);
+    }
+    uint32_t h = 0;
+    const auto run = [&]<int kHeads>() {
+      DenseTile<Rows, kHeads>(tile, valid, s, qa + h * s.padded, scale, max + h, den + h,
+                              sums + h * s.padded, weights);
+      h += kHeads;
+    };
+    while (h + 4 <= heads) run.template operator()<4>();
+    if (h + 2 <= heads) run.template operator()<2>();
+    if (h < heads) run.template operator()<1>();
+  }
+  for (size_t h = 0; h < heads; ++h) Restore<Rows>(sums + h * s.padded, s, num + h * s.d);
+}
+
+template <class Rows>
+void ScoresOf(const RowsView& rows, size_t first, size_t count, const float* q, float* work,
+              float* scores) {
+  const Shape s(rows.head_dim);
+  float* qa = Aligned(work);
+  Arrange<Rows>(q, s, qa);
+  float lanes[Simd::kLanes];
+  Simd::Store(lanes, Simd::Sqrt(Simd::Set1(static_cast<float>(s.d))));
+  const std::byte* tile[kTile];
+  alignas(64) float dots[kTile];
+  for (size_t at = 0; at < count; at += kTile) {
+    for (size_t r = 0; r < kTile; ++r) {
+      const size_t i = at + r < count ? at + r : count - 1;
+      tile[r] = rows.data + (first + i) * rows.stride;
+    }
+    DotTile<Rows, 1>(tile, s, qa, dots);
+    for (size_t r = 0; r < kTile && at + r < count; ++r) scores[at + r] = dots[r] / lanes[0];
+  }
+}
+
+}  // namespace
+}  // namespace passel::host

@@ -1,0 +1,121 @@
+#pragma once
+// Probes over the Simd of the including file.
+
+namespace passel::host {
+namespace {
+
+inline void Prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+
+// Counts staged ids. Ids of one bucket are distinct, buckets are not, so increments stay scalar;
+// unrolled, they run at the store port's rate.
+inline void CountStaged(const uint16_t* ids, size_t count, uint8_t* counters) {
+  size_t i = 0;
+  for (; i + 4 <= count; i += 4) {
+    uint64_t four;
+    __builtin_memcpy(&four, ids + i, sizeof(four));
+    ++counters[four & 0xffff];
+    ++counters[(four >> 16) & 0xffff];
+    ++counters[(four >> 32) & 0xffff];
+    ++counters[four >> 48];
+  }
+  for (; i < count; ++i) ++counters[ids[i]];
+}
+
+inline size_t TakeMask(uint64_t mask, uint32_t first, uint32_t* out) {
+  size_t count = 0;
+  while (mask != 0) {
+    out[count++] = first + static_cast<uint32_t>(__builtin_ctzll(mask));
+    mask &= mask - 1;
+  }
+  return count;
+}
+
+size_t ProbeCsr(const CsrView& table, const uint16_t* codes, uint32_t limit, uint32_t base,
+                const ProbeScratch& scratch, uint32_t* out) {
+  // Bounds are prefetched kBoundsAhead tables before their buckets are, and those kIdsAhead before
+  // they are read: each is a cache miss.
+  constexpr uint32_t kBoundsAhead = 24, kIdsAhead = 12;
+  constexpr size_t kFlush = 2048;
+  const size_t buckets = size_t{1} << table.k;
+  const uint32_t l = table.l;
+  uint8_t* counters = scratch.counters;
+  uint16_t* staging = scratch.staging;
+  const auto bounds_of = [&](uint32_t t) {
+    return table.bounds + t * (buckets + 1) + (codes[t] & (buckets - 1));
+  };
+  for (uint32_t t = 0; t < kBoundsAhead && t < l; ++t) Prefetch(bounds_of(t));
+  const auto prefetch_ids = [&](uint32_t t) {
+    const uint16_t* bounds = bounds_of(t);
+    const uint16_t* ids = table.ids + t * table.stride;
+    const uint16_t* end = ids + bounds[1];
+    // Beyond four lines the hardware's stream prefetcher has caught on.
+    const uint16_t* p = ids + bounds[0];
+    Prefetch(p);
+    for (int line = 1; line < 4 && p + 32 * line < end + 31; ++line) Prefetch(p + 32 * line);
+  };
+  for (uint32_t t = 0; t < kIdsAhead && t < l; ++t) prefetch_ids(t);
+  size_t staged = 0;
+  uint32_t unsaturated = 0;  // tables counted since counters were last brought to ≤ 2
+  for (uint32_t t = 0; t < l; ++t) {
+    if (t + kBoundsAhead < l) Prefetch(bounds_of(t + kBoundsAhead));
+    if (t + kIdsAhead < l) prefetch_ids(t + kIdsAhead);
+    const uint16_t* bounds = bounds_of(t);
+    const uint16_t* ids = table.ids + t * table.stride + bounds[0];
+    size_t size = bounds[1] >= bounds[0] ? size_t{bounds[1]} - bounds[0] : 0;
+    if (size > kFlush) {
+      CountStaged(ids, size, counters);
+    } else {
+      for (size_t i = 0; i < size; i += 32) Simd::Copy64(staging + staged + i, ids + i);
+      staged += size;
+      if (staged > kFlush) {
+        CountStaged(staging, staged, counters);
+        staged = 0;
+      }
+    }
+    if (++unsaturated == 250) {
+      CountStaged(staging, staged, counters);
+      staged = 0;
+      unsaturated = 0;
+      for (uint32_t i = 0; i <= kMaxBlockTokens; i += 64) Simd::SaturateAtTwo(counters + i);
+    }
+  }
+  CountStaged(staging, staged, counters);
+  size_t count = 0;
+  uint32_t i = 0;
+  for (; i + 64 <= limit; i += 64) {
+    count += TakeMask(Simd::TakeAboveOne(counters + i), base + i, out + count);
+  }
+  if (i < limit) {
+    const uint64_t mask = Simd::TakeAboveOne(counters + i) & ((uint64_t{1} << (limit - i)) - 1);
+    count += TakeMask(mask, base + i, out + count);
+    i += 64;
+  }
+  for (; i < table.tokens; i += 64) Simd::TakeAboveOne(counters + i);
+  return count;
+}
+
+size_t ProbeCompact(const CompactView& table, const uint16_t* codes, uint32_t limit, uint32_t base,
+                    uint32_t* out) {
+  size_t count = 0;
+  uint32_t masks[8];
+  uint32_t i = 0;
+  const auto take = [&](int runs) {
+    for (int r = 0; r < runs && i < limit; ++r, i += 32) {
+      const uint32_t left = limit - i;
+      const uint32_t mask = left >= 32 ? masks[r] : masks[r] & ((1u << left) - 1);
+      count += TakeMask(mask, base + i, out + count);
+    }
+  };
+  while (i + 256 <= table.stride && i + 128 < limit) {
+    Simd::CompareCodes<8>(table.codes + i, table.stride, codes, table.l, masks);
+    take(8);
+  }
+  while (i < limit) {
+    Simd::CompareCodes<1>(table.codes + i, table.stride, codes, table.l, masks);
+    take(1);
+  }
+  return count;
+}
+
+}  // namespace
+}  // namespace passel::host
