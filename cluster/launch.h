@@ -31,14 +31,23 @@ struct RankInfo {
 // MPI from MPI_Init_thread to MPI_Finalize. The only user of MPI but for MpiCollectives.
 class Launch {
  public:
-  // Initialises MPI. Without mpirun the job is a single rank.
+  // Initialises MPI (threads: as many as it grants). Without mpirun the job is a single rank.
   Launch(int* argc, char*** argv);
+  // Finalises MPI, which waits for every rank: right after a clean end and after an error that
+  // Agree shared.
   ~Launch();
   Launch(const Launch&) = delete;
   Launch& operator=(const Launch&) = delete;
 
   int world_rank() const;
   int world_size() const;
+  // Whether MPI_THREAD_SERIALIZED or more was granted: collectives may then be called from another
+  // thread than this one, one at a time.
+  bool any_thread() const;
+
+  // After an abnormal end (a rank is lost, an error of this rank alone): the destructor no longer
+  // finalises MPI, which would wait for ranks that never come. End the process with _exit then.
+  void Abandon();
 
   // Runs `step` on every rank and compares how it ended. If it threw on any rank, every rank
   // throws: the lowest failing rank its own error, the others SilentError of the same class, so
@@ -46,7 +55,9 @@ class Launch {
   void Agree(const std::function<void()>& step);
 
   // Roles by `model_ranks`, or by `role` where given (MPMD: then on every rank). Throws (through
-  // Agree) where the world is too small or the config hashes of the ranks differ, and names them.
+  // Agree) Error{kCluster} where the world is too small, Error{kUsage} where the ranks' config
+  // hashes differ or --role is not on every rank, and names them. World rank 0 is always a model
+  // rank: with --role, model ranks come first.
   // Fills everything of RankInfo but memory_bytes and address.
   std::vector<RankInfo> AssignRoles(uint32_t model_ranks, std::optional<Role> role,
                                     uint64_t config_hash);
@@ -55,6 +66,7 @@ class Launch {
                     std::span<const std::byte> address);
 
   // Collectives of the model ranks; null on host ranks. Every rank must call it.
+  // Does not outlive the Launch.
   std::unique_ptr<Collectives> MakeModelCollectives(std::span<const RankInfo> ranks);
 
  private:
@@ -67,5 +79,8 @@ class SilentError : public Error {
  public:
   using Error::Error;
 };
+
+// "Open MPI v4.1.4, …"; also before MPI is initialised.
+std::string MpiLibraryVersion();
 
 }  // namespace passel::cluster

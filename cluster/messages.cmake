@@ -5,9 +5,4 @@ passel_library(passel_messages
   PUBLIC_HEADERS messages.h
   LINK passel_base)
 
-add_library(passel_control STATIC)
-protobuf_generate(TARGET passel_control LANGUAGE cpp
-                  PROTOS ${CMAKE_CURRENT_SOURCE_DIR}/control.proto
-                  IMPORT_DIRS ${PROJECT_SOURCE_DIR} PROTOC_OUT_DIR ${PROJECT_BINARY_DIR})
-target_include_directories(passel_control SYSTEM PUBLIC ${PROJECT_BINARY_DIR})
-target_link_libraries(passel_control PUBLIC protobuf::libprotobuf)
+passel_proto(passel_control cluster/control.proto)
