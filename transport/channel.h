@@ -16,8 +16,8 @@ namespace passel::transport {
 // A frame on its way out. The payload's memory stays valid until `done` runs (once, on the owner
 // thread, also when the send was cancelled because the peer is gone).
 struct OutgoingFrame {
-  FrameHeader
-      header;  // the channel fills magic, version, nonce, epoch, source, sequence, payload_bytes
+  // The channel fills magic, version, nonce, epoch, source, sequence and payload_bytes.
+  FrameHeader header;
   std::span<const std::byte> payload;
   std::function<void()> done;
 
@@ -27,13 +27,15 @@ struct OutgoingFrame {
 
 enum class PeerState { kConnected, kLost };
 
-// Counters since the start; frames that were dropped never reached the handler.
+// Counters since the start; frames that were dropped never reached the handler. Bytes are those of
+// headers and payloads.
 struct ChannelStats {
   uint64_t frames_sent = 0, bytes_sent = 0;
   uint64_t frames_received = 0, bytes_received = 0;
   uint64_t dropped_malformed = 0;  // magic, version, check, size, type or source
   uint64_t dropped_nonce = 0;
   uint64_t dropped_epoch = 0;
+  uint64_t dropped_overflow = 0;  // more large frames announced than the receiver keeps track of
 };
 
 // Sends and receives frames between the ranks of one job. One thread owns a channel: it alone calls
@@ -51,8 +53,9 @@ class Channel {
   // Called once per peer that is found lost by the transport itself (not by heartbeats).
   virtual void SetPeerLostHandler(PeerHandler handler) = 0;
 
-  // Starts a send and returns; order to one peer is kept for small frames, not between small and
-  // large ones. A frame to a lost peer is discarded (its `done` still runs).
+  // Starts a send and returns (`done` runs in a later Progress); order to one peer is kept for
+  // small frames, not between small and large ones. A frame to a lost peer is discarded (its `done`
+  // still runs).
   virtual void Send(RankId to, OutgoingFrame frame) = 0;
   // Send, from any thread: queued, and the owner thread woken from Wait.
   virtual void Post(RankId to, OutgoingFrame frame) = 0;
@@ -66,9 +69,11 @@ class Channel {
 
   // Bytes handed to Send or Post for this peer and not yet completed; for flow control.
   virtual uint64_t PendingBytes(RankId to) const = 0;
-  // Frames of other epochs are dropped from here on.
+  // Query, partial, KV and key-mean frames of other epochs are dropped from here on. Control frames
+  // and heartbeats pass, since they carry the change of epoch; their handlers see header.epoch.
   virtual void SetEpoch(uint32_t epoch) = 0;
-  // Drops the connection at once; pending sends complete as cancelled.
+  // Drops the connection at once; pending sends complete as cancelled and frames of that peer are
+  // no longer delivered. The peer-lost handler is not called for it.
   virtual void ClosePeer(RankId peer) = 0;
   virtual PeerState peer_state(RankId peer) const = 0;
   virtual const ChannelStats& stats() const = 0;

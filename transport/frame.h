@@ -41,6 +41,9 @@ struct FrameHeader {
 inline constexpr size_t kFrameHeaderBytes = 64;
 static_assert(sizeof(FrameHeader) == kFrameHeaderBytes);
 
+// Largest payload of a frame of this type: senders must split above it, receivers drop.
+uint64_t MaxPayloadBytes(FrameType type);
+
 // Sets `check`; the header is then ready to be sent as its bytes.
 void SealFrameHeader(FrameHeader& header);
 // Reads and checks magic, version, check, type and reserved; nullopt for anything else, with the

@@ -1,0 +1,375 @@
+#include "transport/ucx_channel.h"
+
+#include <poll.h>
+#include <sys/eventfd.h>
+#include <ucp/api/ucp.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cassert>
+#include <cerrno>
+#include <cstring>
+#include <exception>
+#include <thread>
+#include <unordered_map>
+#include <utility>
+
+#include "runtime/base/error.h"
+#include "transport/frame_gate.h"
+#include "transport/post_queue.h"
+#include "transport/ucx_handles.h"
+#include "transport/ucx_receiver.h"
+
+namespace passel::transport {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+// Polling this often before sleeping costs nothing on free cores and little on shared ones.
+constexpr int kSpins = 200;
+constexpr int kProgressBatch = 16;
+constexpr auto kForcedClose = std::chrono::milliseconds(100);
+
+// An eventfd that is written once for any number of Wakes before the next Clear.
+class WakeEvent {
+ public:
+  WakeEvent() : fd_(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)) {
+    if (fd_ < 0) {
+      throw Error(ErrorClass::kCluster, std::string("eventfd failed: ") + std::strerror(errno));
+    }
+  }
+  ~WakeEvent() { close(fd_); }
+  WakeEvent(const WakeEvent&) = delete;
+  WakeEvent& operator=(const WakeEvent&) = delete;
+
+  int fd() const { return fd_; }
+  bool is_set() const { return set_.load(std::memory_order_acquire); }
+  void Set() {
+    if (!set_.exchange(true)) eventfd_write(fd_, 1);
+  }
+  // Returns whether it was set.
+  bool Clear() {
+    if (!is_set()) return false;
+    eventfd_t ignored;
+    eventfd_read(fd_, &ignored);
+    return set_.exchange(false);
+  }
+
+ private:
+  int fd_;
+  std::atomic<bool> set_{false};
+};
+
+class Impl final : public UcxChannel {
+ public:
+  explicit Impl(const UcxOptions& options)
+      : self_(options.self),
+        gate_(options.self),
+        context_(MakeUcxContext()),
+        worker_(MakeUcxWorker(context_.get())),
+        receiver_(std::make_unique<UcxReceiver>(worker_.get(), &gate_, options.max_receive_bytes)) {
+    CheckUcx(ucp_worker_get_efd(worker_.get(), &worker_fd_), "ucp_worker_get_efd");
+  }
+
+  ~Impl() override {
+    // An unwinding stack may have skipped Close; its error matters more than ours.
+    assert(closed_ || std::uncaught_exceptions() > 0);
+    if (!closed_) Close(std::chrono::milliseconds(0));
+  }
+
+  RankId self() const override { return self_; }
+  void SetFrameHandler(FrameHandler handler) override { on_frame_ = std::move(handler); }
+  void SetPeerLostHandler(PeerHandler handler) override { on_lost_ = std::move(handler); }
+  void SetEpoch(uint32_t epoch) override { gate_.set_epoch(epoch); }
+  const ChannelStats& stats() const override { return gate_.stats(); }
+  PeerState peer_state(RankId rank) const override { return At(rank).state; }
+  uint64_t PendingBytes(RankId rank) const override { return At(rank).pending; }
+  void Wake() override { wake_.Set(); }
+
+  std::vector<std::byte> address() const override {
+    ucp_address_t* address = nullptr;
+    size_t bytes = 0;
+    CheckUcx(ucp_worker_get_address(worker_.get(), &address, &bytes), "ucp_worker_get_address");
+    const auto* begin = reinterpret_cast<const std::byte*>(address);
+    std::vector<std::byte> out(begin, begin + bytes);
+    ucp_worker_release_address(worker_.get(), address);
+    return out;
+  }
+
+  void Connect(const std::map<RankId, std::vector<std::byte>>& addresses, uint64_t nonce) override;
+  void Send(RankId to, OutgoingFrame frame) override;
+  void Post(RankId to, OutgoingFrame frame) override;
+  bool Progress() override;
+  void Wait(std::chrono::milliseconds timeout) override;
+  void ClosePeer(RankId peer) override;
+  std::string Describe(RankId peer) const override;
+  void Close(std::chrono::milliseconds timeout) override;
+
+ private:
+  struct Peer {
+    RankId rank;
+    Impl* owner = nullptr;
+    ucp_ep_h endpoint = nullptr;
+    PeerState state = PeerState::kConnected;
+    ucs_status_t failure = UCS_OK;  // that UCX reported and we have not acted upon
+    std::atomic<uint64_t> pending{0};
+  };
+  // A frame under way. UCX needs the header's and the payload's memory until it completes.
+  struct Outgoing {
+    FrameHeader header;
+    std::function<void()> done;
+    Peer* peer = nullptr;
+  };
+
+  static void OnSent(void* request, ucs_status_t status, void* user_data);
+  static void OnPeerError(void* arg, ucp_ep_h endpoint, ucs_status_t status);
+
+  Peer& At(RankId rank) const {
+    const auto at = peers_.find(rank);
+    Check(at != peers_.end(), "no connection to rank " + std::to_string(rank.value));
+    return *at->second;
+  }
+  static uint64_t WireBytes(uint64_t payload_bytes) { return kFrameHeaderBytes + payload_bytes; }
+  void Start(Peer& peer, OutgoingFrame frame);
+  void Finish(Outgoing* out, ucs_status_t status);
+  void Drop(Peer& peer);
+  void CloseEndpoint(Peer& peer, uint32_t flags);
+  bool ProgressWorker();
+  static bool FreeEnded(std::vector<void*>& requests);
+  void ProgressUntilEnded(std::vector<void*>& requests, Clock::time_point deadline);
+  bool RunDone();
+  bool ReportLost();
+  bool has_work() const {
+    return any_failure_ || !done_.empty() || !posts_.empty() || receiver_->has_frames();
+  }
+
+  RankId self_;
+  FrameGate gate_;
+  FrameHandler on_frame_;
+  PeerHandler on_lost_;
+  WakeEvent wake_;
+  PostQueue posts_;
+  UcxContext context_;
+  UcxWorker worker_;
+  std::unique_ptr<UcxReceiver> receiver_;
+  int worker_fd_ = -1;
+  std::map<RankId, std::unique_ptr<Peer>> peers_;  // fixed once connected
+  std::unordered_map<Outgoing*, std::unique_ptr<Outgoing>> outgoing_;
+  std::vector<std::function<void()>> done_;  // of sends that ended
+  std::vector<void*> closings_;              // requests of endpoints that are closing
+  bool any_failure_ = false;
+  bool closed_ = false;
+};
+
+void Impl::Connect(const std::map<RankId, std::vector<std::byte>>& addresses, uint64_t nonce) {
+  Check(peers_.empty() && !closed_, "Connect called twice or after Close");
+  gate_.set_nonce(nonce);
+  for (const auto& [rank, address] : addresses) {
+    if (rank == self_) continue;
+    auto peer = std::make_unique<Peer>();
+    peer->rank = rank;
+    peer->owner = this;
+    ucp_ep_params_t params{};
+    params.field_mask = UCP_EP_PARAM_FIELD_REMOTE_ADDRESS | UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE |
+                        UCP_EP_PARAM_FIELD_ERR_HANDLER;
+    params.address = reinterpret_cast<const ucp_address_t*>(address.data());
+    params.err_mode = UCP_ERR_HANDLING_MODE_PEER;
+    params.err_handler.cb = &Impl::OnPeerError;
+    params.err_handler.arg = peer.get();
+    const ucs_status_t status = ucp_ep_create(worker_.get(), &params, &peer->endpoint);
+    CheckUcx(status, "ucp_ep_create to rank " + std::to_string(rank.value));
+    gate_.AddPeer(rank);
+    peers_.emplace(rank, std::move(peer));
+  }
+}
+
+void Impl::Send(RankId to, OutgoingFrame frame) {
+  CheckOutgoing(frame);
+  Peer& peer = At(to);
+  peer.pending += WireBytes(frame.payload.size());
+  Start(peer, std::move(frame));
+}
+
+void Impl::Post(RankId to, OutgoingFrame frame) {
+  CheckOutgoing(frame);
+  At(to).pending += WireBytes(frame.payload.size());
+  posts_.Push(to, std::move(frame));
+  wake_.Set();
+}
+
+void Impl::Start(Peer& peer, OutgoingFrame frame) {
+  auto owned = std::make_unique<Outgoing>();
+  Outgoing* out = owned.get();
+  outgoing_.emplace(out, std::move(owned));
+  out->header = frame.header;
+  out->done = std::move(frame.done);
+  out->peer = &peer;
+  gate_.Stamp(out->header, frame.payload.size());
+  if (peer.state == PeerState::kLost || peer.failure != UCS_OK || closed_) {
+    return Finish(out, UCS_ERR_CANCELED);
+  }
+  ucp_request_param_t param{};
+  param.op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA;
+  param.cb.send = &Impl::OnSent;
+  param.user_data = out;
+  const ucs_status_ptr_t request =
+      ucp_am_send_nbx(peer.endpoint, /*id=*/0, &out->header, kFrameHeaderBytes,
+                      frame.payload.data(), frame.payload.size(), &param);
+  if (!UCS_PTR_IS_PTR(request)) Finish(out, UCS_PTR_STATUS(request));
+}
+
+void Impl::OnSent(void* request, ucs_status_t status, void* user_data) {
+  ucp_request_free(request);
+  auto* out = static_cast<Outgoing*>(user_data);
+  out->peer->owner->Finish(out, status);
+}
+
+void Impl::Finish(Outgoing* out, ucs_status_t status) {
+  const auto at = outgoing_.find(out);
+  if (status == UCS_OK) gate_.CountSent(out->header.payload_bytes);
+  out->peer->pending -= WireBytes(out->header.payload_bytes);
+  if (out->done) done_.push_back(std::move(out->done));
+  outgoing_.erase(at);
+}
+
+void Impl::OnPeerError(void* arg, ucp_ep_h, ucs_status_t status) {
+  auto* peer = static_cast<Peer*>(arg);
+  if (peer->state == PeerState::kLost || peer->failure != UCS_OK) return;
+  peer->failure = status;
+  peer->owner->any_failure_ = true;
+}
+
+bool Impl::Progress() {
+  Check(!closed_, "Progress after Close");
+  bool any = wake_.Clear();
+  for (auto& [to, frame] : posts_.TakeAll()) {
+    Start(At(to), std::move(frame));
+    any = true;
+  }
+  any |= ProgressWorker();
+  any |= receiver_->StartReceives();
+  any |= receiver_->Deliver(on_frame_);
+  any |= FreeEnded(closings_);
+  any |= RunDone();
+  any |= ReportLost();
+  return any;
+}
+
+bool Impl::ProgressWorker() {
+  int n = 0;
+  while (n < kProgressBatch && ucp_worker_progress(worker_.get()) != 0) ++n;
+  return n > 0;
+}
+
+bool Impl::RunDone() {
+  if (done_.empty()) return false;
+  // They may send, and so add to done_.
+  for (const auto& done : std::exchange(done_, {})) done();
+  return true;
+}
+
+bool Impl::ReportLost() {
+  if (!any_failure_) return false;
+  any_failure_ = false;
+  for (auto& [rank, peer] : peers_) {
+    if (peer->failure == UCS_OK) continue;
+    const std::string reason = ucs_status_string(std::exchange(peer->failure, UCS_OK));
+    Drop(*peer);
+    if (on_lost_) on_lost_(rank, reason);
+  }
+  return true;
+}
+
+void Impl::Drop(Peer& peer) {
+  peer.state = PeerState::kLost;
+  peer.failure = UCS_OK;
+  gate_.RemovePeer(peer.rank);
+  if (peer.endpoint != nullptr) CloseEndpoint(peer, UCP_EP_CLOSE_FLAG_FORCE);
+}
+
+void Impl::ClosePeer(RankId rank) {
+  Peer& peer = At(rank);
+  if (peer.state != PeerState::kLost) Drop(peer);
+}
+
+void Impl::CloseEndpoint(Peer& peer, uint32_t flags) {
+  ucp_request_param_t param{};
+  param.op_attr_mask = UCP_OP_ATTR_FIELD_FLAGS;
+  param.flags = flags;
+  const ucs_status_ptr_t request = ucp_ep_close_nbx(std::exchange(peer.endpoint, nullptr), &param);
+  if (UCS_PTR_IS_PTR(request)) closings_.push_back(request);
+}
+
+bool Impl::FreeEnded(std::vector<void*>& requests) {
+  return std::erase_if(requests, [](void* request) {
+           if (ucp_request_check_status(request) == UCS_INPROGRESS) return false;
+           ucp_request_free(request);
+           return true;
+         }) > 0;
+}
+
+void Impl::ProgressUntilEnded(std::vector<void*>& requests, Clock::time_point deadline) {
+  while (!requests.empty() && Clock::now() < deadline) {
+    if (!ProgressWorker()) std::this_thread::sleep_for(std::chrono::microseconds(50));
+    FreeEnded(requests);
+  }
+}
+
+void Impl::Wait(std::chrono::milliseconds timeout) {
+  for (int i = 0; i < kSpins; ++i) {
+    if (has_work() || wake_.is_set() || ucp_worker_progress(worker_.get()) != 0) return;
+  }
+  const ucs_status_t status = ucp_worker_arm(worker_.get());
+  if (status == UCS_ERR_BUSY) return;
+  CheckUcx(status, "ucp_worker_arm");
+  pollfd fds[] = {{worker_fd_, POLLIN, 0}, {wake_.fd(), POLLIN, 0}};
+  const int ms = static_cast<int>(std::min<int64_t>(timeout.count(), 1 << 30));
+  if (poll(fds, 2, ms) < 0 && errno != EINTR) {
+    throw Error(ErrorClass::kCluster, std::string("poll failed: ") + std::strerror(errno));
+  }
+}
+
+std::string Impl::Describe(RankId rank) const {
+  const Peer& peer = At(rank);
+  return peer.endpoint == nullptr ? "closed" : DescribeUcxEndpoint(peer.endpoint);
+}
+
+void Impl::Close(std::chrono::milliseconds timeout) {
+  if (closed_) return;
+  const Clock::time_point deadline = Clock::now() + timeout;
+  for (auto& [to, frame] : posts_.TakeAll()) Start(At(to), std::move(frame));
+  receiver_->Stop();
+
+  std::vector<void*> flushes;
+  for (auto& [rank, peer] : peers_) {
+    gate_.RemovePeer(rank);
+    if (peer->endpoint == nullptr || peer->failure != UCS_OK) continue;
+    ucp_request_param_t param{};
+    const ucs_status_ptr_t request = ucp_ep_flush_nbx(peer->endpoint, &param);
+    if (UCS_PTR_IS_PTR(request)) flushes.push_back(request);
+  }
+  ProgressUntilEnded(flushes, deadline);
+  for (auto& [rank, peer] : peers_) Drop(*peer);
+  // A forced close ends what is still under way, flushes too; it takes well under a millisecond.
+  closings_.insert(closings_.end(), flushes.begin(), flushes.end());
+  ProgressUntilEnded(closings_, std::max(deadline, Clock::now() + kForcedClose));
+
+  closed_ = true;
+  worker_.reset();
+  // UCX is gone; whatever it did not complete ends here.
+  receiver_.reset();
+  while (!outgoing_.empty()) Finish(outgoing_.begin()->first, UCS_ERR_CANCELED);
+  while (RunDone()) {
+  }
+  context_.reset();
+}
+
+}  // namespace
+
+std::unique_ptr<UcxChannel> MakeUcxChannel(const UcxOptions& options) {
+  SetUcxDefaults();
+  return std::make_unique<Impl>(options);
+}
+
+}  // namespace passel::transport

@@ -1,0 +1,156 @@
+#include "transport/ucx_receiver.h"
+
+#include <algorithm>
+#include <cstring>
+#include <new>
+#include <utility>
+
+#include "runtime/base/error.h"
+#include "transport/ucx_handles.h"
+
+namespace passel::transport {
+namespace {
+
+constexpr uint64_t kKeepBytes = 64u << 20;
+// Announced frames cost a descriptor each; honest senders bound their bytes in flight far below.
+constexpr size_t kMaxAnnounced = 4096;
+
+bool IsAligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+}  // namespace
+
+UcxReceiver::UcxReceiver(ucp_worker_h worker, FrameGate* gate, uint64_t max_receive_bytes)
+    : worker_(worker),
+      gate_(gate),
+      pool_(std::max(max_receive_bytes, MaxPayloadBytes(FrameType::kKv)), kKeepBytes) {
+  ucp_am_handler_param_t param{};
+  param.field_mask = UCP_AM_HANDLER_PARAM_FIELD_ID | UCP_AM_HANDLER_PARAM_FIELD_FLAGS |
+                     UCP_AM_HANDLER_PARAM_FIELD_CB | UCP_AM_HANDLER_PARAM_FIELD_ARG;
+  param.id = 0;
+  param.flags = UCP_AM_FLAG_WHOLE_MSG;
+  param.cb = &UcxReceiver::OnMessage;
+  param.arg = this;
+  CheckUcx(ucp_worker_set_am_recv_handler(worker_, &param), "ucp_worker_set_am_recv_handler");
+}
+
+ucs_status_t UcxReceiver::OnMessage(void* arg, const void* header, size_t header_bytes, void* data,
+                                    size_t bytes, const ucp_am_recv_param_t* param) {
+  auto* self = static_cast<UcxReceiver*>(arg);
+  // UCS_OK drops the message; a rendezvous sender then sees its send completed.
+  if (self->stopped_) return UCS_OK;
+  const auto admitted =
+      self->gate_->Admit({static_cast<const std::byte*>(header), header_bytes}, bytes);
+  if (!admitted) return UCS_OK;
+  try {
+    return self->Arrived(*admitted, data, param->recv_attr);
+  } catch (const std::bad_alloc&) {
+    self->gate_->CountOverflow();
+    return UCS_OK;
+  }
+}
+
+ucs_status_t UcxReceiver::Arrived(const FrameHeader& header, void* data, uint64_t flags) {
+  if ((flags & UCP_AM_RECV_ATTR_FLAG_RNDV) != 0) {
+    if (announced_.size() >= kMaxAnnounced) {
+      gate_->CountOverflow();
+      return UCS_ERR_NO_RESOURCE;
+    }
+    auto large = std::make_unique<LargeFrame>();
+    large->frame.header = header;
+    large->descriptor = data;
+    large->owner = this;
+    announced_.push_back(std::move(large));
+    return UCS_INPROGRESS;
+  }
+  if (header.payload_bytes == 0) {
+    ready_.push_back({header, {}, nullptr});
+    return UCS_OK;
+  }
+  if ((flags & UCP_AM_RECV_ATTR_FLAG_DATA) != 0 && IsAligned(data)) {
+    ready_.push_back({header, {}, data});
+    return UCS_INPROGRESS;
+  }
+  Frame frame{header, pool_.Acquire(header.payload_bytes), nullptr};
+  std::memcpy(frame.buffer.data.get(), data, header.payload_bytes);
+  ready_.push_back(std::move(frame));
+  return UCS_OK;
+}
+
+bool UcxReceiver::StartReceives() {
+  bool any = false;
+  while (!announced_.empty()) {
+    LargeFrame* large = announced_.front().get();
+    large->frame.buffer = pool_.TryAcquire(large->frame.header.payload_bytes);
+    if (large->frame.buffer.data == nullptr) break;
+    receiving_.push_back(std::move(announced_.front()));
+    announced_.pop_front();
+    any = true;
+
+    ucp_request_param_t param{};
+    param.op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA;
+    param.cb.recv_am = &UcxReceiver::OnReceived;
+    param.user_data = large;
+    void* const descriptor = std::exchange(large->descriptor, nullptr);
+    const ucs_status_ptr_t request =
+        ucp_am_recv_data_nbx(worker_, descriptor, large->frame.buffer.data.get(),
+                             large->frame.header.payload_bytes, &param);
+    if (!UCS_PTR_IS_PTR(request)) Finish(large, UCS_PTR_STATUS(request));
+  }
+  return any;
+}
+
+void UcxReceiver::OnReceived(void* request, ucs_status_t status, size_t, void* user_data) {
+  ucp_request_free(request);
+  auto* large = static_cast<LargeFrame*>(user_data);
+  large->owner->Finish(large, status);
+}
+
+void UcxReceiver::Finish(LargeFrame* large, ucs_status_t status) {
+  const auto at = std::find_if(receiving_.begin(), receiving_.end(),
+                               [&](const auto& p) { return p.get() == large; });
+  Check(at != receiving_.end(), "a receive that was not under way has ended");
+  const std::unique_ptr<LargeFrame> owner = std::move(*at);
+  receiving_.erase(at);
+  if (status == UCS_OK && !stopped_) {
+    ready_.push_back(std::move(owner->frame));
+  } else {
+    Recycle(owner->frame);
+  }
+}
+
+void UcxReceiver::Recycle(Frame& frame) {
+  if (frame.held != nullptr) ucp_am_data_release(worker_, frame.held);
+  pool_.Release(std::move(frame.buffer));
+}
+
+bool UcxReceiver::Deliver(const Channel::FrameHandler& handler) {
+  bool any = false;
+  while (!ready_.empty()) {
+    any = true;
+    // Recycled also where the handler throws.
+    struct Loan {
+      UcxReceiver* receiver;
+      Frame frame;
+      ~Loan() { receiver->Recycle(frame); }
+    } loan{this, std::move(ready_.front())};
+    ready_.pop_front();
+    const FrameHeader& header = loan.frame.header;
+    // Judged again: its peer may have been closed or the epoch changed since it arrived.
+    if (!gate_->Admit(std::as_bytes(std::span(&header, 1)), header.payload_bytes)) continue;
+    gate_->CountDelivered(header);
+    const auto* data = loan.frame.held != nullptr ? static_cast<const std::byte*>(loan.frame.held)
+                                                  : loan.frame.buffer.data.get();
+    if (handler) handler(header, {data, header.payload_bytes});
+  }
+  return any;
+}
+
+void UcxReceiver::Stop() {
+  stopped_ = true;
+  for (Frame& frame : ready_) Recycle(frame);
+  ready_.clear();
+  for (const auto& large : announced_) ucp_am_data_release(worker_, large->descriptor);
+  announced_.clear();
+}
+
+}  // namespace passel::transport

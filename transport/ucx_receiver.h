@@ -1,0 +1,64 @@
+#pragma once
+
+#include <ucp/api/ucp.h>
+
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <vector>
+
+#include "transport/buffer_pool.h"
+#include "transport/channel.h"
+#include "transport/frame_gate.h"
+
+namespace passel::transport {
+
+// The receiving half of a UCX channel. UCX's callbacks only note what arrived; user code runs in
+// Deliver, outside them, so it may send, close peers and throw. A header is judged before anything
+// is allocated for its payload. One thread.
+class UcxReceiver {
+ public:
+  UcxReceiver(ucp_worker_h worker, FrameGate* gate, uint64_t max_receive_bytes);
+  UcxReceiver(const UcxReceiver&) = delete;
+  UcxReceiver& operator=(const UcxReceiver&) = delete;
+
+  // Starts receiving announced large frames as far as memory allows; true if any was.
+  bool StartReceives();
+  // Hands what has arrived to `handler`; true if anything was.
+  bool Deliver(const Channel::FrameHandler& handler);
+  bool has_frames() const { return !ready_.empty(); }
+  // Drops what was not delivered and all that still comes. Receives in flight go on until the
+  // worker is destroyed; then, not before, may this object be.
+  void Stop();
+
+ private:
+  // A frame that may be delivered. Its payload lies in `buffer`, or in memory of UCX's (`held`).
+  struct Frame {
+    FrameHeader header;
+    BufferPool::Buffer buffer;
+    void* held = nullptr;
+  };
+  // A large frame that the sender announced; `descriptor` until its receive starts.
+  struct LargeFrame {
+    Frame frame;
+    void* descriptor = nullptr;
+    UcxReceiver* owner = nullptr;
+  };
+
+  static ucs_status_t OnMessage(void* arg, const void* header, size_t header_bytes, void* data,
+                                size_t bytes, const ucp_am_recv_param_t* param);
+  static void OnReceived(void* request, ucs_status_t status, size_t bytes, void* user_data);
+  ucs_status_t Arrived(const FrameHeader& header, void* data, uint64_t flags);
+  void Finish(LargeFrame* large, ucs_status_t status);
+  void Recycle(Frame& frame);
+
+  ucp_worker_h worker_;
+  FrameGate* gate_;
+  BufferPool pool_;
+  std::deque<Frame> ready_;
+  std::deque<std::unique_ptr<LargeFrame>> announced_;
+  std::vector<std::unique_ptr<LargeFrame>> receiving_;
+  bool stopped_ = false;
+};
+
+}  // namespace passel::transport
