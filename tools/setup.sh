@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs what Passel is built and tested with (Debian 12, Ubuntu 24.04) and fetches the demo's
-# model into .deps/models. Does nothing, quickly, where all is there.
+# model into .deps/models. Does nothing, quickly, where all is there. Arguments: further packages.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -11,8 +11,9 @@ packages=(
   libprotobuf-dev protobuf-compiler libspdlog-dev libfmt-dev libcli11-dev nlohmann-json3-dev
   libpcre2-dev
   libgtest-dev libbenchmark-dev
-  clang-format-14 clang-tidy-14 # one version everywhere: others format differently
+  clang-format-14 # one version everywhere: others format differently
   python3 python3-pip python3-venv unzip
+  "$@"
 )
 
 missing=()

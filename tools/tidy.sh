@@ -4,10 +4,12 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+# 16: the first that is on Debian 12 and Ubuntu 24.04 and reads GCC 12's <source_location>.
+./tools/setup.sh clang-tidy-16
 [[ -f build/debug/compile_commands.json ]] || cmake --preset debug -DPASSEL_CUDA=OFF
 files=("$@")
 if ((${#files[@]} == 0)); then
   mapfile -t files < <(git ls-files -- '*.cpp')
 fi
 printf '%s\0' "${files[@]}" |
-  xargs -0 -n 1 -P "$(nproc)" clang-tidy-14 --quiet -p build/debug
+  xargs -0 -n 1 -P "$(nproc)" clang-tidy-16 --quiet -p build/debug

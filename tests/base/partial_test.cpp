@@ -109,6 +109,7 @@ TEST(MergePartial, AnySplitInAnyTreeGivesTheWhole) {
       std::vector<std::vector<size_t>> ids(9);
       for (size_t i = 0; i < 300; ++i) ids[random.Next() % 7].push_back(i);
       std::vector<Partial> partials;
+      partials.reserve(ids.size());
       for (const auto& shard : ids) partials.push_back(Of(tokens, shard));
       while (partials.size() > 1) {
         const size_t from = random.Next() % partials.size();
