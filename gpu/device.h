@@ -123,6 +123,9 @@ class Device {
                     std::span<const int64_t> positions) = 0;
   // out = silu(gate) · up; gate_up: [n, 2·ffn] f32 (gate first); out: [n, ffn] activation_type.
   virtual void SiluMul(Tensor gate_up, Tensor out) = 0;
+  // into += delta. f32, [n, cols].
+  virtual void Add(Tensor into, Tensor delta) = 0;
+  // out = in, between f32 and bf16 or within one type.
   virtual void Convert(Tensor in, Tensor out) = 0;
 
   // Reserves the KV pool: `pages` pages of this shape. Page numbers are the caller's to hand out.

@@ -32,6 +32,17 @@ void CpuDevice::AddRmsNorm(Tensor residual, Tensor delta, Tensor weight, float e
   });
 }
 
+void CpuDevice::Add(Tensor into, Tensor delta) {
+  Check(into.type == DType::kF32 && delta.type == DType::kF32 && into.rows == delta.rows &&
+            into.cols == delta.cols,
+        "Add: shapes disagree");
+  ForRows(into.rows, into.cols, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      kernels_.scale_add(RowPtr<float>(into, i), 1.0f, RowPtr<float>(delta, i), into.cols);
+    }
+  });
+}
+
 void CpuDevice::Rope(Tensor x, int32_t head_dim, std::span<const float> inv_freq,
                      std::span<const int64_t> positions) {
   const int64_t half = head_dim / 2;

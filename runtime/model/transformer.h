@@ -20,17 +20,26 @@ struct TensorSlice {
   int32_t first_ffn = 0, ffn = 0;
   int32_t first_vocab = 0, vocab = 0;
 };
+// Throws Error{kUsage} where the model cannot be cut into that many ranks.
 TensorSlice SliceFor(const ModelConfig& config, int32_t rank, int32_t size);
 
-// The activations of a micro-batch or a prefill chunk: up to `rows` rows of device memory. `n` rows
-// are in use.
+// The activations of a micro-batch or a prefill chunk: up to `capacity` rows of device memory, of
+// which `n` are in use. Every stage leaves its tensors with n rows.
 struct Activations {
   int64_t n = 0;
-  gpu::Tensor hidden;     // [n, hidden] f32, the residual stream
+  int64_t capacity = 0;
+  int64_t logit_capacity = 0;  // rows of logits, 0: none
+  gpu::Tensor hidden;          // [n, hidden] f32, the residual stream
   gpu::Tensor q, k, v;    // [n, heads·head_dim] f32, [n, kv_heads·head_dim] f32 ×2; views of qkv
   gpu::Tensor attention;  // [n, heads·head_dim], activation type: what AfterAttention reads
-  gpu::Tensor qkv, normed, projected, gate_up, ffn, logits;
+  gpu::Tensor qkv, normed, projected, gate_up, ffn;
+  gpu::Tensor logits;  // [count, vocab] f32
+  // With several ranks: this rank's [count, slice vocab], and those of all ranks one after another.
+  gpu::Tensor own_logits, gathered_logits;
   std::vector<std::unique_ptr<gpu::Buffer>> memory;
+
+  // Sets n (≤ capacity) and the rows of all tensors but the logits'.
+  void Resize(int64_t rows);
 };
 
 // A llama-family decoder on one device, as one tensor-parallel rank. Layers are two stages, before
@@ -38,7 +47,8 @@ struct Activations {
 // business. Neither stage blocks on anything but the device and the collectives.
 class Transformer {
  public:
-  // Loads this rank's slice of the weights. `progress(bytes)` is called as weights arrive.
+  // Loads this rank's slice of the weights. `progress(bytes)`, where set, is called after each
+  // tensor with the bytes it takes as bf16. `device` and `collectives` must outlive this.
   Transformer(const ModelFile& file, gpu::Device& device, Collectives& collectives,
               const std::function<void(uint64_t)>& progress);
   ~Transformer();
@@ -47,7 +57,9 @@ class Transformer {
   const TensorSlice& slice() const;
   gpu::AttentionShape attention_shape() const;  // of the slice
 
-  std::unique_ptr<Activations> MakeActivations(int64_t rows, bool with_logits) const;
+  // `logit_rows`: how many rows Logits may be asked for at once; 0: all `rows`.
+  std::unique_ptr<Activations> MakeActivations(int64_t rows, bool with_logits,
+                                               int64_t logit_rows = 0) const;
 
   // hidden = embedding of ids; sets n.
   void Embed(Activations& a, std::span<const int32_t> ids) const;

@@ -1,0 +1,284 @@
+#include "runtime/model/transformer.h"
+
+#include <algorithm>
+#include <cmath>
+#include <string>
+#include <utility>
+
+#include "runtime/base/error.h"
+
+namespace passel::model {
+namespace {
+
+using gpu::DType;
+using gpu::Tensor;
+
+// Rows [first, first + rows) of a weight, which a fused matrix holds one after another.
+struct RowSegment {
+  WeightId id;
+  int64_t first = 0;
+  int64_t rows = 0;
+};
+
+struct Layer {
+  Tensor attn_norm, ffn_norm;
+  std::unique_ptr<gpu::Linear> qkv, o, gate_up, down;
+};
+
+}  // namespace
+
+void Activations::Resize(int64_t rows) {
+  Check(rows >= 0 && rows <= capacity, "Activations: more rows than they were made for");
+  n = rows;
+  for (Tensor* t : {&hidden, &qkv, &q, &k, &v, &attention, &normed, &projected, &gate_up, &ffn}) {
+    t->rows = rows;
+  }
+}
+
+struct Transformer::Impl {
+  Impl(const ModelFile& model_file, gpu::Device& dev, Collectives& coll,
+       std::function<void(uint64_t)> on_progress)
+      : file(model_file),
+        device(dev),
+        collectives(coll),
+        progress(std::move(on_progress)),
+        config(model_file.config()),
+        slice(SliceFor(config, coll.rank(), coll.size())),
+        inv_freq(RopeInverseFrequencies(config)) {
+    for (int r = 0; r < coll.size(); ++r) slices.push_back(SliceFor(config, r, coll.size()));
+    Load();
+    progress = nullptr;
+  }
+
+  void Report(int64_t elements) const {
+    if (progress) progress(static_cast<uint64_t>(elements) * sizeof(bf16));
+  }
+
+  Tensor NewTensor(DType type, int64_t rows, int64_t cols,
+                   std::vector<std::unique_ptr<gpu::Buffer>>& memory) const {
+    memory.push_back(device.Allocate(static_cast<size_t>(rows * cols) * SizeOf(type)));
+    return {memory.back()->data(), type, rows, cols, cols};
+  }
+
+  Tensor LoadNorm(WeightId id) {
+    std::vector<float> host(static_cast<size_t>(config.hidden));
+    file.Read(id, 0, 1, 0, config.hidden, host.data());
+    Tensor t = NewTensor(DType::kF32, 1, config.hidden, weights);
+    device.CopyToDevice(t.data, host.data(), host.size() * sizeof(float));
+    device.Record()->Wait();  // before `host` goes
+    Report(config.hidden);
+    return t;
+  }
+
+  // Rows of several weights, one after another, all columns.
+  std::unique_ptr<gpu::Linear> LoadRows(const std::vector<RowSegment>& segments) {
+    int64_t total = 0;
+    for (const RowSegment& s : segments) total += s.rows;
+    auto linear =
+        device.MakeLinear(total, config.hidden, [&](int64_t begin, int64_t count, bf16* out) {
+          int64_t base = 0;
+          for (const RowSegment& s : segments) {
+            const int64_t from = std::max(begin, base);
+            const int64_t to = std::min(begin + count, base + s.rows);
+            if (from < to) {
+              file.Read(s.id, s.first + from - base, to - from, 0, config.hidden,
+                        out + (from - begin) * config.hidden);
+            }
+            base += s.rows;
+          }
+        });
+    Report(total * config.hidden);
+    return linear;
+  }
+
+  // Columns [first, first + cols) of a [hidden, …] weight.
+  std::unique_ptr<gpu::Linear> LoadCols(WeightId id, int64_t first, int64_t cols) {
+    auto linear =
+        device.MakeLinear(config.hidden, cols, [&](int64_t begin, int64_t count, bf16* out) {
+          file.Read(id, begin, count, first, cols, out);
+        });
+    Report(config.hidden * cols);
+    return linear;
+  }
+
+  void LoadEmbedding() {
+    constexpr int64_t kRows = 1024;  // read at once
+    table = NewTensor(DType::kBf16, slice.vocab, config.hidden, weights);
+    std::vector<bf16> host(static_cast<size_t>(kRows * config.hidden));
+    for (int64_t row = 0; row < slice.vocab; row += kRows) {
+      const int64_t count = std::min<int64_t>(kRows, slice.vocab - row);
+      file.Read({WeightKind::kTokenEmbedding}, slice.first_vocab + row, count, 0, config.hidden,
+                host.data());
+      device.CopyToDevice(table.Rows(row, count).data, host.data(),
+                          static_cast<size_t>(count * config.hidden) * sizeof(bf16));
+      device.Record()->Wait();
+    }
+    Report(int64_t{slice.vocab} * config.hidden);
+  }
+
+  void Load() {
+    const int64_t dim = config.head_dim;
+    if (!config.tied_embeddings) LoadEmbedding();
+    output_norm = LoadNorm({WeightKind::kOutputNorm});
+    output = LoadRows({{{WeightKind::kOutput}, slice.first_vocab, slice.vocab}});
+    for (int32_t l = 0; l < config.layers; ++l) {
+      Layer layer;
+      layer.attn_norm = LoadNorm({WeightKind::kAttnNorm, l});
+      layer.ffn_norm = LoadNorm({WeightKind::kFfnNorm, l});
+      layer.qkv = LoadRows({
+          {{WeightKind::kQ, l}, slice.first_head * dim, slice.heads * dim},
+          {{WeightKind::kK, l}, slice.first_kv_head * dim, slice.kv_heads * dim},
+          {{WeightKind::kV, l}, slice.first_kv_head * dim, slice.kv_heads * dim},
+      });
+      layer.o = LoadCols({WeightKind::kO, l}, slice.first_head * dim, slice.heads * dim);
+      layer.gate_up = LoadRows({{{WeightKind::kGate, l}, slice.first_ffn, slice.ffn},
+                                {{WeightKind::kUp, l}, slice.first_ffn, slice.ffn}});
+      layer.down = LoadCols({WeightKind::kDown, l}, slice.first_ffn, slice.ffn);
+      layers.push_back(std::move(layer));
+    }
+  }
+
+  // Sum over the ranks of an [n, cols] f32 tensor without gaps.
+  void AllReduce(const Tensor& t) const {
+    if (collectives.size() == 1) return;
+    Check(t.stride == t.cols, "all-reduce of a tensor with gaps");
+    collectives.AllReduceSum({static_cast<float*>(t.data), static_cast<size_t>(t.rows * t.cols)});
+  }
+
+  const ModelFile& file;
+  gpu::Device& device;
+  Collectives& collectives;
+  std::function<void(uint64_t)> progress;
+  const ModelConfig config;
+  const TensorSlice slice;
+  std::vector<TensorSlice> slices;  // of all ranks
+  const std::vector<float> inv_freq;
+
+  std::vector<std::unique_ptr<gpu::Buffer>> weights;
+  Tensor table;  // [slice.vocab, hidden] bf16; empty where `output` serves as the table
+  Tensor output_norm;
+  std::unique_ptr<gpu::Linear> output;
+  std::vector<Layer> layers;
+};
+
+Transformer::Transformer(const ModelFile& file, gpu::Device& device, Collectives& collectives,
+                         const std::function<void(uint64_t)>& progress)
+    : impl_(std::make_unique<Impl>(file, device, collectives, progress)) {}
+
+Transformer::~Transformer() = default;
+
+const ModelConfig& Transformer::config() const { return impl_->config; }
+const TensorSlice& Transformer::slice() const { return impl_->slice; }
+
+gpu::AttentionShape Transformer::attention_shape() const {
+  const int32_t dim = impl_->config.head_dim;
+  return {impl_->slice.heads, impl_->slice.kv_heads, dim,
+          static_cast<float>(1.0 / std::sqrt(static_cast<double>(dim)))};
+}
+
+std::unique_ptr<Activations> Transformer::MakeActivations(int64_t rows, bool with_logits,
+                                                          int64_t logit_rows) const {
+  const Impl& m = *impl_;
+  Check(rows > 0 && logit_rows >= 0 && logit_rows <= rows, "MakeActivations: rows");
+  const int64_t dim = m.config.head_dim;
+  const int64_t q_cols = m.slice.heads * dim;
+  const int64_t kv_cols = m.slice.kv_heads * dim;
+  const DType type = m.device.activation_type();
+  auto a = std::make_unique<Activations>();
+  a->capacity = rows;
+  const auto make = [&](DType t, int64_t count, int64_t cols) {
+    return m.NewTensor(t, count, cols, a->memory);
+  };
+  a->hidden = make(DType::kF32, rows, m.config.hidden);
+  a->qkv = make(DType::kF32, rows, q_cols + 2 * kv_cols);
+  a->q = a->qkv.Cols(0, q_cols);
+  a->k = a->qkv.Cols(q_cols, kv_cols);
+  a->v = a->qkv.Cols(q_cols + kv_cols, kv_cols);
+  a->attention = make(type, rows, q_cols);
+  a->normed = make(type, rows, m.config.hidden);
+  a->projected = make(DType::kF32, rows, m.config.hidden);
+  a->gate_up = make(DType::kF32, rows, 2 * m.slice.ffn);
+  a->ffn = make(type, rows, m.slice.ffn);
+  if (with_logits) {
+    a->logit_capacity = logit_rows > 0 ? logit_rows : rows;
+    a->logits = make(DType::kF32, a->logit_capacity, m.config.vocab);
+    if (m.collectives.size() > 1) {
+      a->own_logits = make(DType::kF32, a->logit_capacity, m.slice.vocab);
+      a->gathered_logits = make(DType::kF32, a->logit_capacity, m.config.vocab);
+    }
+  }
+  a->Resize(0);
+  return a;
+}
+
+void Transformer::Embed(Activations& a, std::span<const int32_t> ids) const {
+  const Impl& m = *impl_;
+  a.Resize(static_cast<int64_t>(ids.size()));
+  std::vector<int32_t> own(ids.size());  // −1 where another rank holds the row
+  for (size_t i = 0; i < ids.size(); ++i) {
+    Check(ids[i] >= 0 && ids[i] < m.config.vocab, "Embed: token id beyond the vocabulary");
+    const int32_t id = ids[i] - m.slice.first_vocab;
+    own[i] = id >= 0 && id < m.slice.vocab ? id : -1;
+  }
+  if (m.table.data != nullptr) {
+    m.device.Embed(m.table, own, a.hidden);
+  } else {
+    m.device.Embed(*m.output, own, a.hidden);
+  }
+  m.AllReduce(a.hidden);
+}
+
+void Transformer::BeforeAttention(int32_t layer, Activations& a,
+                                  std::span<const int64_t> positions) const {
+  const Impl& m = *impl_;
+  a.Resize(a.n);
+  Check(layer >= 0 && layer < m.config.layers && static_cast<int64_t>(positions.size()) == a.n,
+        "BeforeAttention: layer or positions");
+  const Layer& w = m.layers[static_cast<size_t>(layer)];
+  m.device.AddRmsNorm(a.hidden, {}, w.attn_norm, m.config.norm_eps, a.normed);
+  m.device.MatMul(*w.qkv, a.normed, a.qkv);
+  m.device.Rope(a.qkv.Cols(0, a.q.cols + a.k.cols), m.config.head_dim, m.inv_freq, positions);
+}
+
+void Transformer::AfterAttention(int32_t layer, Activations& a) const {
+  const Impl& m = *impl_;
+  a.Resize(a.n);
+  Check(layer >= 0 && layer < m.config.layers, "AfterAttention: layer");
+  const Layer& w = m.layers[static_cast<size_t>(layer)];
+  m.device.MatMul(*w.o, a.attention, a.projected);
+  m.AllReduce(a.projected);
+  m.device.AddRmsNorm(a.hidden, a.projected, w.ffn_norm, m.config.norm_eps, a.normed);
+  m.device.MatMul(*w.gate_up, a.normed, a.gate_up);
+  m.device.SiluMul(a.gate_up, a.ffn);
+  m.device.MatMul(*w.down, a.ffn, a.projected);
+  m.AllReduce(a.projected);
+  m.device.Add(a.hidden, a.projected);
+}
+
+void Transformer::Logits(Activations& a, int64_t first, int64_t count) const {
+  const Impl& m = *impl_;
+  a.Resize(a.n);
+  Check(count >= 0 && count <= a.logit_capacity, "Logits: more rows than they were made for");
+  const Tensor normed = a.normed.Rows(first, count);
+  m.device.AddRmsNorm(a.hidden.Rows(first, count), {}, m.output_norm, m.config.norm_eps, normed);
+  a.logits.rows = count;
+  if (m.collectives.size() == 1) {
+    m.device.MatMul(*m.output, normed, a.logits);
+    return;
+  }
+  a.own_logits.rows = count;
+  m.device.MatMul(*m.output, normed, a.own_logits);
+  std::vector<size_t> counts;
+  for (const TensorSlice& s : m.slices) counts.push_back(static_cast<size_t>(count * s.vocab));
+  auto* gathered = static_cast<float*>(a.gathered_logits.data);
+  m.collectives.AllGather({static_cast<const float*>(a.own_logits.data),
+                           counts[static_cast<size_t>(m.collectives.rank())]},
+                          counts, {gathered, static_cast<size_t>(count * m.config.vocab)});
+  for (const TensorSlice& s : m.slices) {
+    m.device.Convert({gathered, DType::kF32, count, s.vocab, s.vocab},
+                     a.logits.Cols(s.first_vocab, s.vocab));
+    gathered += count * s.vocab;
+  }
+}
+
+}  // namespace passel::model
