@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "cluster/config.h"
 #include "cluster/launch.h"
 #include "cluster/messages.h"
 #include "cluster/shard_map.h"

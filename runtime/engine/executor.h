@@ -1,0 +1,119 @@
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <unordered_map>
+#include <vector>
+
+#include "gpu/device.h"
+#include "runtime/engine/host_link.h"
+#include "runtime/engine/job.h"
+#include "runtime/engine/kv_pages.h"
+#include "runtime/model/transformer.h"
+
+namespace passel::engine {
+
+// A request as the model ranks run it.
+struct Sequence {
+  RequestId id;
+  std::vector<int32_t> prompt;
+  int64_t max_tokens = 0;
+  HostedRequest hosted;
+  int64_t tokens = 0;                       // in the cache
+  std::vector<std::vector<int32_t>> pages;  // by layer: the whole cache, or sinks and window
+  std::unique_ptr<gpu::Buffer> means;       // [layers, kv_heads·head_dim] f32: μ
+  uint64_t sampled = 0, asked = 0;          // tokens attended, tokens offloaded, in sampled queries
+};
+
+// What prefill and decode share on one model rank: the model, the KV pool and the wire.
+struct Workspace {
+  const Job& job;
+  gpu::Device& device;
+  const model::Transformer& transformer;
+  HostLink* link;  // null without host ranks
+  std::vector<Job::LayerKind> kinds;
+  std::vector<std::byte> scratch;
+
+  size_t kv_cols() const {
+    const auto shape = transformer.attention_shape();
+    return static_cast<size_t>(shape.kv_heads) * static_cast<size_t>(shape.head_dim);
+  }
+  // Slot of a position in the pages of a layer: the position itself, or its place among sinks and
+  // window, where a new token takes the place of the one that left.
+  int64_t SlotOf(int32_t layer, int64_t position) const;
+  int64_t SlotsOf(int32_t layer, int64_t tokens) const;
+  // Pages of a request on this rank's device.
+  int64_t PagesFor(int32_t layer, int64_t tokens) const;
+  int64_t PagesFor(int64_t tokens) const;
+  gpu::Tensor Means(const Sequence& sequence, int32_t layer) const;
+};
+
+// Prefill of one request, layer by layer over the whole prompt, in chunks. A layer's K, V and codes
+// leave for the host ranks when the layer is through.
+class PrefillJob {
+ public:
+  PrefillJob(Workspace& workspace, Sequence& sequence, model::Activations& activations);
+
+  // Does one chunk of one layer; true when all is done and the activations hold the logits of the
+  // last position. Does nothing while too much is under way to the hosts: see Blocked.
+  bool Step();
+  bool Blocked() const;
+
+ private:
+  void Chunk(int64_t start, int64_t count);
+  void FinishLayer();
+  void SendLayer(uint64_t tokens);
+
+  Workspace& w_;
+  Sequence& sequence_;
+  model::Activations& a_;
+  int32_t layer_ = 0;
+  int64_t next_ = 0;  // first position of the next chunk
+  std::unique_ptr<gpu::Buffer> hidden_memory_, kv_memory_, codes_memory_;
+  gpu::Tensor hidden_, k_, v_, codes_;
+};
+
+// One decode step of a micro-batch: a state machine that never blocks on a host's reply.
+class MicroBatch {
+ public:
+  MicroBatch(Workspace& workspace, uint16_t number, int64_t max_rows);
+
+  // One new token of each sequence, in the cache after the step.
+  void Start(std::span<Sequence* const> sequences, std::span<const int32_t> tokens, uint64_t step);
+  // Goes on as far as it can; true where it got anywhere.
+  bool Advance();
+  bool done() const { return state_ == State::kDone; }
+  const model::Activations& activations() const { return *a_; }
+  std::span<Sequence* const> sequences() const { return sequences_; }
+
+ private:
+  enum class State : uint8_t { kLayer, kHandOver, kHosts, kDone };
+
+  void BeginLayer();
+  void HandOver();
+  void SendEvicted();
+  void FinishLayer();
+  void MergeReplies();
+  bool Sampled() const { return w_.kinds[static_cast<size_t>(layer_)] == Job::LayerKind::kSampled; }
+
+  Workspace& w_;
+  uint16_t number_;
+  std::unique_ptr<model::Activations> a_;
+  std::unique_ptr<gpu::Buffer> partial_memory_, code_memory_, evicted_memory_, reply_memory_;
+  std::unique_ptr<gpu::Buffer> q_host_, codes_host_;
+  gpu::Partials partials_;
+  gpu::Tensor codes_, evicted_k_, evicted_v_, evicted_codes_;
+  std::unique_ptr<gpu::Event> event_;
+
+  State state_ = State::kDone;
+  int32_t layer_ = 0;
+  uint64_t step_ = 0;
+  std::vector<Sequence*> sequences_;
+  std::vector<int64_t> positions_;
+  std::vector<QueryRow> rows_;
+  ReplyBox box_;
+};
+
+}  // namespace passel::engine

@@ -1,0 +1,252 @@
+#include <algorithm>
+#include <tuple>
+
+#include "runtime/base/error.h"
+#include "runtime/engine/executor.h"
+
+namespace passel::engine {
+namespace {
+
+template <typename T>
+gpu::Tensor Matrix(std::unique_ptr<gpu::Buffer>& memory, gpu::DType type, int64_t rows,
+                   int64_t cols, size_t offset = 0) {
+  return {static_cast<T*>(memory->data()) + offset, type, rows, cols, cols};
+}
+
+// Pages and slots that address one token of each sequence.
+struct TokenPlaces {
+  std::vector<int32_t> pages;
+  std::vector<int64_t> slots;
+
+  void Add(const std::vector<int32_t>& sequence_pages, int64_t slot) {
+    pages.push_back(sequence_pages[static_cast<size_t>(slot / gpu::kKvPageTokens)]);
+    slots.push_back(static_cast<int64_t>(slots.size()) * gpu::kKvPageTokens +
+                    slot % gpu::kKvPageTokens);
+  }
+};
+
+}  // namespace
+
+MicroBatch::MicroBatch(Workspace& workspace, uint16_t number, int64_t max_rows)
+    : w_(workspace),
+      number_(number),
+      a_(workspace.transformer.MakeActivations(max_rows, /*with_logits=*/true)) {
+  const gpu::AttentionShape shape = w_.transformer.attention_shape();
+  const int64_t heads = shape.heads;
+  const auto cols = static_cast<int64_t>(w_.kv_cols());
+  const auto n = static_cast<size_t>(max_rows);
+  const size_t per_row = static_cast<size_t>(heads * (shape.head_dim + 2));
+  partial_memory_ = w_.device.Allocate(n * per_row * sizeof(float));
+  const size_t scalars = n * static_cast<size_t>(heads);
+  partials_.max = Matrix<float>(partial_memory_, gpu::DType::kF32, max_rows, heads);
+  partials_.den = Matrix<float>(partial_memory_, gpu::DType::kF32, max_rows, heads, scalars);
+  partials_.num = Matrix<float>(partial_memory_, gpu::DType::kF32, max_rows, heads * shape.head_dim,
+                                2 * scalars);
+  if (!w_.link) return;
+  q_host_ =
+      w_.device.AllocateStaging(n * static_cast<size_t>(heads * shape.head_dim) * sizeof(float));
+  evicted_memory_ = w_.device.Allocate(2 * n * static_cast<size_t>(cols) * sizeof(bf16));
+  evicted_k_ = Matrix<bf16>(evicted_memory_, gpu::DType::kBf16, max_rows, cols);
+  evicted_v_ = Matrix<bf16>(evicted_memory_, gpu::DType::kBf16, max_rows, cols,
+                            n * static_cast<size_t>(cols));
+  const int64_t l = w_.job.wire_shape().l;
+  if (l == 0) return;
+  const size_t code_count = n * static_cast<size_t>((heads + shape.kv_heads) * l);
+  codes_host_ = w_.device.AllocateStaging(code_count * sizeof(uint16_t));
+  code_memory_ = w_.device.Allocate(code_count * sizeof(uint16_t));
+  codes_ = Matrix<uint16_t>(code_memory_, gpu::DType::kU16, max_rows, heads * l);
+  evicted_codes_ = Matrix<uint16_t>(code_memory_, gpu::DType::kU16, max_rows, shape.kv_heads * l,
+                                    n * static_cast<size_t>(heads * l));
+}
+
+void MicroBatch::Start(std::span<Sequence* const> sequences, std::span<const int32_t> tokens,
+                       uint64_t step) {
+  Check(sequences.size() == tokens.size() && !sequences.empty(), "a micro-batch of other sizes");
+  sequences_.assign(sequences.begin(), sequences.end());
+  step_ = step;
+  layer_ = 0;
+  positions_.clear();
+  rows_.clear();
+  for (uint32_t row = 0; row < sequences_.size(); ++row) {
+    Sequence& s = *sequences_[row];
+    positions_.push_back(s.tokens);
+    ++s.tokens;
+    const uint64_t offloaded = w_.job.Offloaded(static_cast<uint64_t>(s.tokens));
+    rows_.push_back({&s.hosted, offloaded, false, row});
+  }
+  w_.transformer.Embed(*a_, tokens);
+  state_ = State::kLayer;
+}
+
+bool MicroBatch::Advance() {
+  bool moved = false;
+  while (state_ != State::kDone) {
+    if (state_ == State::kLayer) BeginLayer();
+    if (state_ == State::kHandOver) {
+      if (!event_->Done()) return moved;
+      HandOver();
+    }
+    if (state_ == State::kHosts) {
+      if (!box_.complete()) return moved;
+      FinishLayer();
+    }
+    moved = true;
+  }
+  return moved;
+}
+
+void MicroBatch::BeginLayer() {
+  const auto n = static_cast<int64_t>(sequences_.size());
+  const auto layer = static_cast<size_t>(layer_);
+  w_.transformer.BeforeAttention(layer_, *a_, positions_);
+  TokenPlaces places;
+  for (size_t i = 0; i < sequences_.size(); ++i) {
+    places.Add(sequences_[i]->pages[layer], w_.SlotOf(layer_, positions_[i]));
+  }
+  w_.device.StoreKv(places.pages, places.slots, a_->k.Rows(0, n), a_->v.Rows(0, n));
+
+  const bool hosted = w_.kinds[layer] != Job::LayerKind::kResident;
+  box_ = ReplyBox{};
+  if (hosted) {
+    const gpu::Tensor q = a_->q.Rows(0, n);
+    const auto cols = static_cast<size_t>(q.cols);
+    for (int64_t row = 0; row < n; ++row) {
+      w_.device.CopyToHost(static_cast<float*>(q_host_->data()) + static_cast<size_t>(row) * cols,
+                           q.Rows(row, 1).data, cols * sizeof(float));
+    }
+    if (Sampled() && w_.job.lsh()) {
+      w_.device.HashCodes(q, {}, codes_.Rows(0, n));
+      w_.device.CopyToHost(codes_host_->data(), codes_.data,
+                           static_cast<size_t>(n * codes_.cols) * sizeof(uint16_t));
+    }
+    event_ = w_.device.Record();
+  }
+  // Exact attention over what is here runs while the hosts answer.
+  std::vector<gpu::KvView> views;
+  for (const Sequence* s : sequences_) {
+    views.push_back({s->pages[layer], w_.SlotsOf(layer_, s->tokens)});
+  }
+  const gpu::Partials partials{partials_.max.Rows(0, n), partials_.den.Rows(0, n),
+                               partials_.num.Rows(0, n)};
+  if (hosted && event_->Done()) HandOver();
+  w_.device.DecodeAttention(a_->q.Rows(0, n), views, partials);
+  if (state_ == State::kLayer) state_ = hosted ? State::kHandOver : State::kHosts;
+}
+
+void MicroBatch::HandOver() {
+  // Short contexts and dense layers are attended exactly.
+  for (QueryRow& row : rows_) {
+    row.exact = !Sampled() || w_.job.config.attention().estimator() == config::FULL ||
+                row.offloaded_tokens < w_.job.config.attention().exact_below();
+  }
+  w_.link->SendQuery(number_, layer_, step_, rows_, static_cast<const float*>(q_host_->data()),
+                     codes_host_ ? static_cast<const uint16_t*>(codes_host_->data()) : nullptr,
+                     &box_);
+  SendEvicted();
+  state_ = State::kHosts;
+}
+
+// The tokens that the next step will find offloaded leave now, behind the query.
+void MicroBatch::SendEvicted() {
+  const auto layer = static_cast<size_t>(layer_);
+  const auto sinks = static_cast<int64_t>(w_.job.config.attention().sinks());
+  TokenPlaces places;
+  std::vector<size_t> leaving;
+  for (size_t i = 0; i < sequences_.size(); ++i) {
+    const Sequence& s = *sequences_[i];
+    if (w_.job.Offloaded(static_cast<uint64_t>(s.tokens) + 1) == 0) continue;
+    const auto position = sinks + static_cast<int64_t>(rows_[i].offloaded_tokens);
+    places.Add(s.pages[layer], w_.SlotOf(layer_, position));
+    leaving.push_back(i);
+  }
+  if (leaving.empty()) return;
+  const auto n = static_cast<int64_t>(leaving.size());
+  w_.device.LoadKv(places.pages, places.slots, evicted_k_.Rows(0, n), evicted_v_.Rows(0, n));
+  const bool codes = Sampled() && w_.job.lsh();
+  if (codes) {
+    for (int64_t i = 0; i < n; ++i) {
+      w_.device.HashCodes(evicted_k_.Rows(i, 1),
+                          w_.Means(*sequences_[leaving[static_cast<size_t>(i)]], layer_),
+                          evicted_codes_.Rows(i, 1));
+    }
+  }
+  const size_t cols = w_.kv_cols();
+  std::vector<bf16> k(cols), v(cols);
+  std::vector<uint16_t> code(codes ? static_cast<size_t>(evicted_codes_.cols) : 0);
+  for (int64_t i = 0; i < n; ++i) {
+    const size_t row = leaving[static_cast<size_t>(i)];
+    w_.device.CopyToHost(k.data(), evicted_k_.Rows(i, 1).data, cols * sizeof(bf16));
+    w_.device.CopyToHost(v.data(), evicted_v_.Rows(i, 1).data, cols * sizeof(bf16));
+    if (codes) {
+      w_.device.CopyToHost(code.data(), evicted_codes_.Rows(i, 1).data,
+                           code.size() * sizeof(uint16_t));
+    }
+    w_.device.Record()->Wait();
+    w_.link->SendKv(sequences_[row]->hosted, layer_, rows_[row].offloaded_tokens, 1, k.data(),
+                    v.data(), codes ? code.data() : nullptr);
+  }
+}
+
+void MicroBatch::FinishLayer() {
+  const auto n = static_cast<int64_t>(sequences_.size());
+  MergeReplies();
+  const gpu::Partials partials{partials_.max.Rows(0, n), partials_.den.Rows(0, n),
+                               partials_.num.Rows(0, n)};
+  w_.device.NormalizePartials(partials, a_->attention.Rows(0, n));
+  w_.transformer.AfterAttention(layer_, *a_);
+  if (++layer_ < w_.job.model.layers) {
+    state_ = State::kLayer;
+    return;
+  }
+  w_.transformer.Logits(*a_, 0, n);
+  state_ = State::kDone;
+}
+
+// Window first, then the hosts' partials by segment: the same order whoever answered first.
+void MicroBatch::MergeReplies() {
+  std::vector<ReceivedPartial>& got = box_.partials;
+  if (got.empty()) return;
+  const gpu::AttentionShape shape = w_.transformer.attention_shape();
+  const model::TensorSlice& slice = w_.transformer.slice();
+  const auto group = static_cast<int64_t>(w_.job.group());
+  const auto d = static_cast<int64_t>(shape.head_dim);
+  for (const ReceivedPartial& p : got) {
+    if (p.row >= sequences_.size() || static_cast<int64_t>(p.kv_head) < slice.first_kv_head ||
+        static_cast<int64_t>(p.kv_head) >= slice.first_kv_head + slice.kv_heads) {
+      throw Error(ErrorClass::kCluster, "a host rank answered what it was not asked");
+    }
+  }
+  std::stable_sort(got.begin(), got.end(), [](const auto& x, const auto& y) {
+    return std::tie(x.row, x.kv_head, x.segment) < std::tie(y.row, y.kv_head, y.segment);
+  });
+  const auto entries = static_cast<int64_t>(got.size());
+  const size_t floats = static_cast<size_t>(entries * group * (d + 2));
+  if (!reply_memory_ || reply_memory_->bytes() < floats * sizeof(float)) {
+    reply_memory_ = w_.device.AllocateStaging(floats * sizeof(float));
+  }
+  const auto scalars = static_cast<size_t>(entries * group);
+  gpu::Partials from;
+  from.max = Matrix<float>(reply_memory_, gpu::DType::kF32, entries, group);
+  from.den = Matrix<float>(reply_memory_, gpu::DType::kF32, entries, group, scalars);
+  from.num = Matrix<float>(reply_memory_, gpu::DType::kF32, entries, group * d, 2 * scalars);
+  std::vector<int32_t> rows, heads;
+  for (int64_t i = 0; i < entries; ++i) {
+    const ReceivedPartial& p = got[static_cast<size_t>(i)];
+    std::copy(p.max.begin(), p.max.end(), static_cast<float*>(from.max.Rows(i, 1).data));
+    std::copy(p.den.begin(), p.den.end(), static_cast<float*>(from.den.Rows(i, 1).data));
+    std::copy(p.num.begin(), p.num.end(), static_cast<float*>(from.num.Rows(i, 1).data));
+    rows.push_back(static_cast<int32_t>(p.row));
+    heads.push_back((static_cast<int32_t>(p.kv_head) - slice.first_kv_head) *
+                    static_cast<int32_t>(group));
+    if (!rows_[p.row].exact) sequences_[p.row]->sampled += p.sampled_tokens;
+  }
+  for (const QueryRow& row : rows_) {
+    if (!row.exact) {
+      sequences_[row.row]->asked +=
+          row.offloaded_tokens * static_cast<uint64_t>(slice.kv_heads) * w_.job.group();
+    }
+  }
+  w_.device.MergePartials(partials_, from, rows, heads);
+}
+
+}  // namespace passel::engine
