@@ -101,15 +101,17 @@ struct PreTokenizer::Regex {
         throw Error(ErrorClass::kModel,
                     fmt::format("tokenizer: pre-tokeniser pattern failed (PCRE2 error {})", rc));
       }
-      const PCRE2_SIZE* range = pcre2_get_ovector_pointer(match);
-      if (range[1] <= range[0]) {  // an empty match: go on behind the next character
-        at = range[0] + 1;
+      // Copied: `piece` may match with the same match data.
+      const size_t begin = pcre2_get_ovector_pointer(match)[0];
+      const size_t end = pcre2_get_ovector_pointer(match)[1];
+      if (end <= begin) {  // an empty match: go on behind the next character
+        at = begin + 1;
         while (at < text.size() && (static_cast<uint8_t>(text[at]) & 0xc0) == 0x80) ++at;
         continue;
       }
-      if (range[0] > gap) piece(text.substr(gap, range[0] - gap));
-      piece(text.substr(range[0], range[1] - range[0]));
-      at = gap = range[1];
+      if (begin > gap) piece(text.substr(gap, begin - gap));
+      piece(text.substr(begin, end - begin));
+      at = gap = end;
     }
     if (gap < text.size()) piece(text.substr(gap));
   }
