@@ -34,7 +34,6 @@ struct Workspace {
   const model::Transformer& transformer;
   HostLink* link;  // null without host ranks
   std::vector<Job::LayerKind> kinds;
-  std::vector<std::byte> scratch;
 
   size_t kv_cols() const {
     const auto shape = transformer.attention_shape();
@@ -85,6 +84,9 @@ class MicroBatch {
   // Goes on as far as it can; true where it got anywhere.
   bool Advance();
   bool done() const { return state_ == State::kDone; }
+  bool waits_for_hosts() const { return state_ == State::kHosts; }
+  // Layers finished in this step.
+  int32_t layer() const { return layer_; }
   const model::Activations& activations() const { return *a_; }
   std::span<Sequence* const> sequences() const { return sequences_; }
 

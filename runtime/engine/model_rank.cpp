@@ -1,0 +1,188 @@
+#include "runtime/engine/model_rank.h"
+
+#include <algorithm>
+
+#include "runtime/base/checked_math.h"
+#include "runtime/base/error.h"
+
+namespace passel::engine {
+
+ModelRank::ModelRank(const Job& job, gpu::Device& device, const model::Transformer& transformer,
+                     Collectives& collectives, transport::Channel* channel,
+                     ControlHandler on_control)
+    : job_(job),
+      device_(device),
+      transformer_(transformer),
+      collectives_(collectives),
+      link_(channel && job.hosts() > 0
+                ? std::make_unique<HostLink>(job, *channel, transformer.slice(),
+                                             std::move(on_control))
+                : nullptr),
+      workspace_{job, device, transformer, link_.get(), job.layer_kinds()},
+      prefill_activations_(
+          transformer.MakeActivations(job.config.engine().prefill_chunk(), /*with_logits=*/true)) {
+  if (link_ && job.lsh()) {
+    const config::Attention& a = job.config.attention();
+    device.SetProjections(
+        RandomProjections(a.seed(), static_cast<size_t>(job.model.head_dim), a.k(), a.l()),
+        job.model.head_dim, static_cast<int32_t>(a.k()), static_cast<int32_t>(a.l()));
+  }
+  const gpu::AttentionShape shape = transformer.attention_shape();
+  const auto page_bytes = static_cast<uint64_t>(gpu::kKvPageTokens) * 2 * sizeof(bf16) *
+                          static_cast<uint64_t>(shape.kv_heads * shape.head_dim);
+  const uint64_t budget = device.info().memory_bytes;
+  const uint64_t left = budget > device.allocated_bytes() ? budget - device.allocated_bytes() : 0;
+  // A tenth stays for activations; no more than a full batch of the longest requests needs.
+  const uint64_t wanted = static_cast<uint64_t>(workspace_.PagesFor(job.model.context_length)) *
+                          job.config.engine().max_batch();
+  const uint64_t pages =
+      std::min({left / 10 * 9 / page_bytes, wanted, uint64_t{std::numeric_limits<int32_t>::max()}});
+  if (pages == 0) {
+    throw Error(ErrorClass::kMemory, "model rank " + std::to_string(job.self.value) + ": " +
+                                         std::to_string(left) +
+                                         " bytes are left for the KV cache; expected at least " +
+                                         std::to_string(page_bytes));
+  }
+  total_pages_ = static_cast<int64_t>(pages);
+  pages_ = KvPages(static_cast<int32_t>(pages));
+  device.CreateKvPool(shape, static_cast<int32_t>(pages));
+}
+
+void ModelRank::BroadcastPlan(cluster::proto::StepPlan& plan) {
+  if (collectives_.size() == 1) return;
+  std::vector<std::byte> bytes;
+  uint64_t size = 0;
+  if (collectives_.rank() == 0) {
+    bytes.resize(plan.ByteSizeLong());
+    plan.SerializeToArray(bytes.data(), static_cast<int>(bytes.size()));
+    size = bytes.size();
+  }
+  collectives_.Broadcast(std::as_writable_bytes(std::span(&size, 1)), 0);
+  bytes.resize(size);
+  if (size > 0) collectives_.Broadcast(bytes, 0);
+  if (collectives_.rank() != 0) {
+    Check(plan.ParseFromArray(bytes.data(), static_cast<int>(size)), "rank 0's plan");
+  }
+}
+
+void ModelRank::Follow() {
+  while (true) {
+    cluster::proto::StepPlan plan;
+    BroadcastPlan(plan);
+    if (plan.stop()) return;
+    Execute(plan, nullptr);
+  }
+}
+
+void ModelRank::Execute(const cluster::proto::StepPlan& plan, const LogitsHandler& logits) {
+  for (const uint64_t id : plan.release()) Release(id);
+  for (const auto& admit : plan.admit()) Admit(admit);
+  if (plan.decode_size() > 0) Decode(plan, logits);
+  if (plan.prefill_steps() > 0) Prefill(plan.prefill(), plan.prefill_steps(), logits);
+}
+
+void ModelRank::Admit(const cluster::proto::StepPlan::Admit& admit) {
+  auto s = std::make_unique<Sequence>();
+  s->id = RequestId(admit.request());
+  s->prompt.assign(admit.prompt().begin(), admit.prompt().end());
+  s->max_tokens = admit.max_tokens();
+  s->hosted.request = s->id;
+  s->hosted.placement = {static_cast<cluster::PlacementMode>(admit.mode()), admit.first_host(),
+                         job_.hosts(), static_cast<uint32_t>(job_.model.kv_heads)};
+  if (link_) {
+    s->hosted.segments = job_.Segments(s->prompt.size(), static_cast<uint64_t>(admit.max_tokens()));
+    s->means = device_.Allocate(static_cast<size_t>(job_.model.layers) * workspace_.kv_cols() *
+                                sizeof(float));
+  }
+  const auto tokens = static_cast<int64_t>(s->prompt.size()) + s->max_tokens;
+  for (int32_t layer = 0; layer < job_.model.layers; ++layer) {
+    s->pages.push_back(pages_.Take(workspace_.PagesFor(layer, tokens)));
+  }
+  auto prefill = std::make_unique<PrefillJob>(workspace_, *s, *prefill_activations_);
+  sequences_.emplace(admit.request(), Live{std::move(s), std::move(prefill)});
+}
+
+void ModelRank::Release(uint64_t id) {
+  const auto it = sequences_.find(id);
+  if (it == sequences_.end()) return;
+  for (const auto& pages : it->second.sequence->pages) pages_.Return(pages);
+  sequences_.erase(it);
+}
+
+void ModelRank::Pump(int milliseconds) {
+  if (link_) link_->Pump(std::chrono::milliseconds(milliseconds));
+}
+
+void ModelRank::Emit(const Sequence& sequence, const gpu::Tensor& row,
+                     const LogitsHandler& logits) {
+  if (!logits) return;
+  logits_row_.resize(static_cast<size_t>(job_.model.vocab));
+  device_.CopyToHost(logits_row_.data(), row.data, logits_row_.size() * sizeof(float));
+  device_.Record()->Wait();
+  logits(sequence.id, logits_row_);
+}
+
+void ModelRank::Decode(const cluster::proto::StepPlan& plan, const LogitsHandler& logits) {
+  const auto batch = static_cast<uint64_t>(plan.decode_size());
+  const uint64_t parts = std::clamp<uint64_t>(plan.micro_batches(), 1, batch);
+  std::vector<MicroBatch*> running;
+  uint64_t begin = 0;
+  for (uint64_t part = 0; part < parts; ++part) {
+    if (micro_batches_.size() <= part) {
+      micro_batches_.push_back(std::make_unique<MicroBatch>(workspace_, static_cast<uint16_t>(part),
+                                                            job_.config.engine().max_batch()));
+    }
+    const uint64_t end = batch * (part + 1) / parts;
+    std::vector<Sequence*> sequences;
+    std::vector<int32_t> tokens;
+    for (; begin < end; ++begin) {
+      const auto& d = plan.decode(static_cast<int>(begin));
+      sequences.push_back(sequences_.at(d.request()).sequence.get());
+      tokens.push_back(d.token());
+    }
+    running.push_back(micro_batches_[part].get());
+    running.back()->Start(sequences, tokens, plan.step());
+    running.back()->Advance();
+  }
+  // Micro-batches finish layers in turn, so that collectives come in the same order on every rank.
+  size_t turn = 0;
+  size_t left = running.size();
+  for (const MicroBatch* m : running) left -= m->done();
+  while (left > 0) {
+    MicroBatch& m = *running[turn % running.size()];
+    if (m.done()) {
+      ++turn;
+      continue;
+    }
+    const int32_t layer = m.layer();
+    m.Advance();
+    if (m.layer() == layer) {
+      Pump(m.waits_for_hosts() ? 50 : 0);
+      continue;
+    }
+    left -= m.done();
+    ++turn;
+  }
+  for (const MicroBatch* m : running) {
+    for (size_t i = 0; i < m->sequences().size(); ++i) {
+      Emit(*m->sequences()[i], m->activations().logits.Rows(static_cast<int64_t>(i), 1), logits);
+    }
+  }
+}
+
+void ModelRank::Prefill(uint64_t id, uint32_t steps, const LogitsHandler& logits) {
+  Live& live = sequences_.at(id);
+  for (uint32_t i = 0; i < steps && live.prefill;) {
+    Pump(0);
+    if (live.prefill->Blocked()) {
+      Pump(5);
+      continue;
+    }
+    ++i;
+    if (!live.prefill->Step()) continue;
+    live.prefill.reset();
+    Emit(*live.sequence, prefill_activations_->logits.Rows(0, 1), logits);
+  }
+}
+
+}  // namespace passel::engine
