@@ -251,8 +251,9 @@ std::string MpiLibraryVersion() {
   char text[MPI_MAX_LIBRARY_VERSION_STRING] = "";
   int length = 0;
   CheckMpi(MPI_Get_library_version(text, &length), "MPI_Get_library_version");
-  std::string version(text, static_cast<size_t>(length));
-  return version.substr(0, version.find('\n'));
+  const std::string version(text, static_cast<size_t>(length));
+  const std::string line = version.substr(0, version.find('\n'));
+  return line.substr(0, line.find_last_not_of(' ') + 1);
 }
 
 }  // namespace passel::cluster

@@ -35,11 +35,15 @@ std::string BytesOrUnlimited(std::optional<uint64_t> bytes) {
   return bytes ? Bytes(*bytes) : "unlimited";
 }
 
-void ReportUcx(std::ostream& out) {
+// Whether there is an RDMA transport.
+bool ReportUcx(std::ostream& out) {
   Line(out, "UCX", UcxVersion());
   bool network = false;
+  bool rdma = false;
   for (const UcxTransport& transport : UcxTransports()) {
     std::string devices;
+    const std::string family = transport.name.substr(0, 2);
+    rdma |= family == "rc" || family == "ud" || family == "dc";
     for (const std::string& device : transport.devices) {
       devices += (devices.empty() ? "" : ", ") + device;
       // Loopback reaches no other node.
@@ -48,6 +52,7 @@ void ReportUcx(std::ostream& out) {
     Line(out, "", fmt::format("{}: {}", transport.name, devices));
   }
   if (!network) Advice(out, "no network device: ranks can only run on this machine");
+  return rdma;
 }
 
 void ReportCuda(std::ostream& out) {
@@ -99,13 +104,13 @@ void ReportMachine(std::ostream& out, const cluster::Machine& machine) {
   }
 }
 
-void ReportLimits(std::ostream& out, const cluster::Machine& machine) {
+void ReportLimits(std::ostream& out, const cluster::Machine& machine, bool rdma) {
   Line(out, "Limits",
        fmt::format(
            "locked memory {}, open files {}", BytesOrUnlimited(machine.locked_memory_limit_bytes),
            machine.open_files_limit ? fmt::to_string(*machine.open_files_limit) : "unlimited"));
-  if (machine.locked_memory_limit_bytes) {
-    Advice(out, "RDMA registers memory: set the locked-memory limit to unlimited where it is used");
+  if (rdma && machine.locked_memory_limit_bytes) {
+    Advice(out, "RDMA registers memory: set the locked-memory limit to unlimited (ulimit -l)");
   }
   if (machine.shm_bytes == 0) {
     Line(out, "/dev/shm", "none");
@@ -126,11 +131,11 @@ int RunDoctor(std::ostream& out) {
   const cluster::Machine machine = cluster::ReadMachine();
   Line(out, "Host", machine.host_name);
   Line(out, "MPI", cluster::MpiLibraryVersion());
-  ReportUcx(out);
+  const bool rdma = ReportUcx(out);
   ReportCuda(out);
   ReportNccl(out);
   ReportMachine(out, machine);
-  ReportLimits(out, machine);
+  ReportLimits(out, machine, rdma);
   return 0;
 }
 
