@@ -71,6 +71,7 @@ std::optional<Request> JsonlSource::Next() {
     return r;
   }
   if (file_.bad()) throw Error(ErrorClass::kIo, "input " + path_ + ": reading failed: " + Reason());
+  exhausted_ = true;
   return std::nullopt;
 }
 

@@ -54,7 +54,7 @@ void Leader::Run() {
     ReadAhead();
     cluster::proto::StepPlan plan;
     if (!MakePlan(&plan)) {
-      if (active_.empty() && queue_.empty() && source_ended_) break;
+      if (active_.empty() && queue_.empty() && source_.exhausted()) break;
       if (rank_.link()) rank_.link()->Pump(std::chrono::milliseconds(20));
       continue;
     }
@@ -74,12 +74,9 @@ void Leader::Run() {
 }
 
 void Leader::ReadAhead() {
-  while (!source_ended_ && active_.size() + queue_.size() < job_.config.engine().max_inflight()) {
+  while (active_.size() + queue_.size() < job_.config.engine().max_inflight()) {
     auto request = source_.Next();
-    if (!request) {
-      source_ended_ = true;
-      break;
-    }
+    if (!request) break;
     request->id = RequestId(next_id_++);
     if (request->error) {
       Fail(*request, 400, *request->error);

@@ -64,7 +64,6 @@ class Leader {
   Report& report_;
   cluster::ShardMap shard_map_;
   MicroBatchTuner tuner_;
-  bool source_ended_ = false;
   uint64_t next_id_ = 1;
   std::deque<Request> queue_;
   std::map<uint64_t, Active> active_;

@@ -4,6 +4,7 @@
 
 #include "runtime/base/checked_math.h"
 #include "runtime/base/error.h"
+#include "runtime/base/random.h"
 
 namespace passel::engine {
 

@@ -56,8 +56,9 @@ struct Result {
 class RequestSource {
  public:
   virtual ~RequestSource() = default;
-  // nullopt at the end.
+  // nullopt: none now; none ever again where exhausted().
   virtual std::optional<Request> Next() = 0;
+  virtual bool exhausted() const = 0;
   // Requests still to come, where known, for the ETA.
   virtual std::optional<uint64_t> remaining() const = 0;
 };

@@ -32,6 +32,7 @@ class JsonlSource : public RequestSource {
   JsonlSource(const std::string& path, const Tokenizer& tokenizer, RequestDefaults defaults,
               std::unordered_set<std::string> done);
   std::optional<Request> Next() override;
+  bool exhausted() const override { return exhausted_; }
   std::optional<uint64_t> remaining() const override;
 
  private:
@@ -41,6 +42,7 @@ class JsonlSource : public RequestSource {
   RequestDefaults defaults_;
   std::unordered_set<std::string> done_;
   std::unordered_set<std::string> seen_;
+  bool exhausted_ = false;
   uint64_t line_ = 0;
   uint64_t lines_total_ = 0;
 };

@@ -1,0 +1,97 @@
+#include <fmt/format.h>
+#include <spdlog/sinks/stdout_color_sinks.h>
+#include <spdlog/spdlog.h>
+
+#include <CLI/CLI.hpp>
+#include <iostream>
+
+#include "runtime/base/error.h"
+#include "runtime/cli/attend/attend.h"
+#include "runtime/cli/bench.h"
+#include "runtime/cli/doctor/doctor.h"
+#include "runtime/cli/job_setup.h"
+#include "runtime/cli/version.h"
+#include "runtime/engine/request_io.h"
+
+namespace passel {
+namespace {
+
+void AddJobOptions(CLI::App* app, JobOptions* options) {
+  app->add_option("--config", options->config_path, "Config file (configs/*.textproto)");
+  app->add_option("--set", options->overrides, "Override a config field: a.b=c")->take_all();
+  app->add_option("--role", options->role, "Role of this rank, for mpirun's MPMD form")
+      ->check(CLI::IsMember({"model", "host"}));
+  app->add_flag("--dry-run", options->dry_run, "Print the ranks and the config, run nothing");
+}
+
+int Main(int argc, char** argv) {
+  CLI::App app{"Passel: distributed serving of long-context language models", "passel"};
+  app.set_version_flag("--version", std::string("passel ") + kVersion);
+  app.require_subcommand(1);
+
+  JobOptions job;
+  std::string input, output;
+  bool resume = false;
+  CLI::App* run = app.add_subcommand("run", "Answer a file of prompts (under mpirun)");
+  AddJobOptions(run, &job);
+  run->add_option("-i,--input", input, "Prompts, JSON lines")->required();
+  run->add_option("-o,--output", output, "Results, JSON lines")->required();
+  run->add_flag("--resume", resume, "Go on with an output that has results");
+  run->add_option("--run-dir", job.run_directory, "Directory for ranks, events and summary");
+
+  BenchOptions bench_options;
+  CLI::App* bench = app.add_subcommand("bench", "Measure speed on random prompts (under mpirun)");
+  AddJobOptions(bench, &job);
+  bench->add_option("--context", bench_options.contexts, "Prompt lengths")
+      ->delimiter(',')
+      ->required();
+  bench->add_option("--batch", bench_options.batches, "Batch sizes")->delimiter(',')->required();
+  bench->add_option("--new-tokens", bench_options.new_tokens, "Tokens to generate")
+      ->check(CLI::Range(int64_t{1}, int64_t{1} << 30));
+  bench->add_option("-o,--output", bench_options.format, "Format of the table")
+      ->check(CLI::IsMember({"md", "csv", "json"}));
+
+  AttendArgs attend_args;
+  CLI::App* attend = app.add_subcommand("attend", "Host attention alone, on .npy files");
+  AddAttendOptions(attend, &attend_args);
+  CLI::App* doctor = app.add_subcommand("doctor", "What Passel finds on this machine");
+
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& e) {
+    const int code = app.exit(e);
+    return code == 0 ? 0 : static_cast<int>(ErrorClass::kUsage);
+  }
+  if (*doctor) return RunDoctor(std::cout);
+  if (*attend) return RunAttend(attend_args);
+  return RunJob(&argc, &argv, job, [&](const engine::Job& j, const Tokenizer& tokenizer) {
+    if (*bench) return MakeBenchWork(bench_options, j, tokenizer);
+    Work work;
+    const engine::RequestDefaults defaults{j.config.attention().seed(), j.model.context_length};
+    engine::CheckDistinct(input, output);
+    std::unordered_set<std::string> done;
+    // The input is opened first: a wrong path must not leave an empty output behind.
+    engine::JsonlSource(input, tokenizer, defaults, {});
+    work.sink = std::make_unique<engine::JsonlSink>(output, resume, tokenizer, &done);
+    work.source =
+        std::make_unique<engine::JsonlSource>(input, tokenizer, defaults, std::move(done));
+    return work;
+  });
+}
+
+}  // namespace
+}  // namespace passel
+
+int main(int argc, char** argv) {
+  spdlog::set_default_logger(spdlog::stderr_color_mt("passel"));
+  spdlog::set_pattern("%H:%M:%S %l: %v");
+  try {
+    return passel::Main(argc, argv);
+  } catch (const passel::Error& e) {
+    fmt::print(stderr, "passel: error: {}\n", e.what());
+    return e.exit_code();
+  } catch (const std::exception& e) {
+    fmt::print(stderr, "passel: error: unexpected: {}\n", e.what());
+    return static_cast<int>(passel::ErrorClass::kBug);
+  }
+}
