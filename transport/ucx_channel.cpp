@@ -137,7 +137,7 @@ class Impl final : public UcxChannel {
   void CloseEndpoint(Peer& peer, uint32_t flags);
   bool ProgressWorker();
   static bool FreeEnded(std::vector<void*>& requests);
-  void ProgressUntilEnded(std::vector<void*>& requests, Clock::time_point deadline);
+  void ProgressUntil(const std::function<bool()>& ended, Clock::time_point deadline);
   bool RunDone();
   bool ReportLost();
   bool has_work() const {
@@ -309,10 +309,13 @@ bool Impl::FreeEnded(std::vector<void*>& requests) {
          }) > 0;
 }
 
-void Impl::ProgressUntilEnded(std::vector<void*>& requests, Clock::time_point deadline) {
-  while (!requests.empty() && Clock::now() < deadline) {
+void Impl::ProgressUntil(const std::function<bool()>& ended, Clock::time_point deadline) {
+  while (!ended() && Clock::now() < deadline) {
     if (!ProgressWorker()) std::this_thread::sleep_for(std::chrono::microseconds(50));
-    FreeEnded(requests);
+    if (!std::exchange(any_failure_, false)) continue;
+    for (auto& [rank, peer] : peers_) {
+      if (peer->failure != UCS_OK) Drop(*peer);
+    }
   }
 }
 
@@ -341,19 +344,27 @@ void Impl::Close(std::chrono::milliseconds timeout) {
   for (auto& [to, frame] : posts_.TakeAll()) Start(At(to), std::move(frame));
   receiver_->Stop();
 
+  // A flush does not wait for large frames that their receivers have yet to fetch; we do.
+  ProgressUntil([this] { return outgoing_.empty(); }, deadline);
   std::vector<void*> flushes;
   for (auto& [rank, peer] : peers_) {
-    gate_.RemovePeer(rank);
     if (peer->endpoint == nullptr || peer->failure != UCS_OK) continue;
     ucp_request_param_t param{};
     const ucs_status_ptr_t request = ucp_ep_flush_nbx(peer->endpoint, &param);
     if (UCS_PTR_IS_PTR(request)) flushes.push_back(request);
   }
-  ProgressUntilEnded(flushes, deadline);
+  const auto flushed = [&] {
+    FreeEnded(flushes);
+    return flushes.empty();
+  };
+  ProgressUntil(flushed, deadline);
   for (auto& [rank, peer] : peers_) Drop(*peer);
   // A forced close ends what is still under way, flushes too; it takes well under a millisecond.
-  closings_.insert(closings_.end(), flushes.begin(), flushes.end());
-  ProgressUntilEnded(closings_, std::max(deadline, Clock::now() + kForcedClose));
+  const auto ended = [&] {
+    FreeEnded(closings_);
+    return flushed() && closings_.empty() && outgoing_.empty();
+  };
+  ProgressUntil(ended, Clock::now() + kForcedClose);
 
   closed_ = true;
   worker_.reset();

@@ -1,5 +1,10 @@
 #include "transport/ucx_handles.h"
 
+extern "C" {
+#include <ucs/config/global_opts.h>
+}
+
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <sstream>
@@ -30,9 +35,13 @@ void SetUcxDefaults() {
       // Without these, peer error handling excludes shared memory.
       {"UCX_POSIX_ERROR_HANDLING", "y"},
       {"UCX_SYSV_ERROR_HANDLING", "y"},
-      {"UCX_WARN_UNUSED_ENV_VARS", "n"},
   };
   for (const auto& [name, value] : kDefaults) setenv(name, value, /*overwrite=*/0);
+  // UCX reads this one when it is loaded, too early for setenv; without it, it complains of every
+  // variable above that the transports in use do not know.
+  if (std::getenv("UCX_WARN_UNUSED_ENV_VARS") == nullptr) {
+    CheckUcx(ucs_global_opts_set_value("WARN_UNUSED_ENV_VARS", "n"), "ucs_global_opts_set_value");
+  }
 }
 
 UcxContext MakeUcxContext() {
