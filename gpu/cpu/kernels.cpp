@@ -12,12 +12,14 @@ namespace {
 #pragma GCC diagnostic ignored "-Wpsabi"
 
 namespace scalar {
+constexpr int64_t kLanes = 4;
 #include "gpu/cpu/kernels.inc"
 }  // namespace scalar
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,bmi2")
 namespace avx2 {
+constexpr int64_t kLanes = 8;
 #include "gpu/cpu/kernels.inc"
 }  // namespace avx2
 #pragma GCC pop_options
@@ -25,6 +27,7 @@ namespace avx2 {
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
 namespace avx512 {
+constexpr int64_t kLanes = 16;
 #include "gpu/cpu/kernels.inc"
 }  // namespace avx512
 #pragma GCC pop_options
