@@ -46,6 +46,7 @@ HostRank::HostRank(const Job& job, transport::Channel& channel, uint64_t memory_
 int HostRank::Run() {
   const auto timeout = std::chrono::duration<double>(job_.config.cluster().failure_timeout_s());
   const RankId leader{0};
+  heard_ = beat_ = Clock::now();  // the weights' loading does not count
   while (!stop_) {
     if (!channel_.Progress()) channel_.Wait(std::chrono::milliseconds(100));
     const auto now = Clock::now();

@@ -50,6 +50,7 @@ Leader::Leader(const Job& job, ModelRank& rank, const Tokenizer& tokenizer, Requ
       tuner_(rank.link() ? job.config.engine().micro_batches() : 1) {}
 
 void Leader::Run() {
+  report_.Start();
   while (true) {
     ReadAhead();
     cluster::proto::StepPlan plan;
@@ -244,9 +245,11 @@ void Leader::OnLogits(RequestId id, std::span<const float> logits) {
     a.result.logprobs.push_back(ComputeLogprobs(logits, token, a.request.sampling.top_logprobs));
   }
   if (ends) return Finish(a, FinishReason::kStop);
+  const size_t before = a.result.text.size();
   a.result.text += a.detokenizer->Push(token);
   for (const std::string& stop : a.request.stop) {
-    const size_t at = a.result.text.find(stop);
+    // A match ends in what was just added.
+    const size_t at = a.result.text.find(stop, before < stop.size() ? 0 : before - stop.size() + 1);
     if (at != std::string::npos) {
       a.result.text.resize(at);
       return Finish(a, FinishReason::kStop);

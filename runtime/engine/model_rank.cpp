@@ -99,8 +99,7 @@ void ModelRank::Admit(const cluster::proto::StepPlan::Admit& admit) {
   for (int32_t layer = 0; layer < job_.model.layers; ++layer) {
     s->pages.push_back(pages_.Take(workspace_.PagesFor(layer, tokens)));
   }
-  auto prefill = std::make_unique<PrefillJob>(workspace_, *s, *prefill_activations_);
-  sequences_.emplace(admit.request(), Live{std::move(s), std::move(prefill)});
+  sequences_.emplace(admit.request(), Live{std::move(s), nullptr});
 }
 
 void ModelRank::Release(uint64_t id) {
@@ -173,6 +172,11 @@ void ModelRank::Decode(const cluster::proto::StepPlan& plan, const LogitsHandler
 
 void ModelRank::Prefill(uint64_t id, uint32_t steps, const LogitsHandler& logits) {
   Live& live = sequences_.at(id);
+  // One request prefills at a time, so only one holds a layer's K and V of a whole prompt.
+  if (!live.prefill) {
+    live.prefill =
+        std::make_unique<PrefillJob>(workspace_, *live.sequence, *prefill_activations_);
+  }
   for (uint32_t i = 0; i < steps && live.prefill;) {
     Pump(0);
     if (live.prefill->Blocked()) {

@@ -59,6 +59,8 @@ Report::Report(const std::string& directory, const std::vector<cluster::RankInfo
   }
 }
 
+void Report::Start() { start_ = printed_ = Clock::now(); }
+
 double Report::Seconds() const {
   return std::chrono::duration<double>(Clock::now() - start_).count();
 }

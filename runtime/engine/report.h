@@ -24,6 +24,8 @@ class Report {
   // An empty directory name writes no files. Throws Error{kIo} where it cannot be written.
   Report(const std::string& directory, const std::vector<cluster::RankInfo>& ranks, bool progress);
 
+  // The clock of every figure starts: the first request is about to be read.
+  void Start();
   void Event(const char* event, int rank, RequestId request);
   void Generated(uint64_t tokens) { generated_ += tokens; }
   void Sampled(uint64_t attended, uint64_t offloaded) {
