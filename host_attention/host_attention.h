@@ -1,5 +1,6 @@
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -30,6 +31,8 @@ struct Options {
   uint32_t threads = 0;           // 0: the affinity mask's
   bool deterministic = false;     // partials per block, in block order, fixed ISA level
   uint64_t seed = 0;              // ORACLE_SAMPLE
+  double budget = 0.02;           // TOPK, ORACLE_SAMPLE: tokens taken, as a fraction of a segment's
+  bool pin_threads = false;       // one core each; only where no other rank shares the cores
 };
 
 // A segment: a run of tokens of one (request, layer, KV head) that lives on one host. Token numbers
@@ -78,6 +81,10 @@ struct AppendSpan {
   const uint16_t* codes;  // [count, l]; null where the estimator needs none
 };
 
+// Which tokens are sampled depends on offloaded_tokens alone: of a prompt segment all or, where it
+// ends beyond offloaded_tokens, none; of a generated one the whole runs of kOpenTokens. The others
+// are attended exactly.
+inline constexpr uint32_t kOpenTokens = 256;
 struct QueryItem {
   RequestId request;
   uint32_t kv_head;
@@ -94,11 +101,20 @@ struct PartialItem {
   std::vector<uint64_t> sampled;  // [group] tokens that contributed
   std::vector<float> max, den;    // [group]
   std::vector<float> num;         // [group, head_dim]
+  // [group] the tokens, ascending within a segment; only where AttendBatch::collect_ids is set.
+  std::vector<std::vector<uint64_t>> ids;
 };
 
 struct AttendBatch {
   uint32_t layer = 0;
   std::vector<QueryItem> items;
+  bool collect_ids = false;
+  // Thread time spent finding tokens and attending to them is added here, where set; to be read
+  // once the batch is done.
+  struct Times {
+    std::atomic<uint64_t> probe_ns{0}, attend_ns{0};
+  };
+  Times* times = nullptr;
 };
 
 enum class Status : uint8_t {
@@ -125,9 +141,12 @@ class HostAttention {
   ~HostAttention();
 
   // Reserves all memory the request may come to need here. Throws Error{kMemory}, naming need and
-  // budget; nothing is reserved then.
+  // budget; nothing is reserved then. A request may be opened again with further parts.
   void Open(const OpenSpec& spec);
+  // Before queries that need it; without, keys count as hashed uncentred (mean 0).
   Status SetMean(const KeyMean& mean);
+  // Appended in order: a gap gives kMissingTokens. The rows and codes are copied. All spans of a
+  // segment have codes or none has; a segment without is only attended exactly.
   Status Append(const AppendSpan& span);
   // Whether a query for this many tokens can be answered now (all rows of this host's segments
   // below it are there; sealing, where due, is waited for inside Attend).

@@ -11,11 +11,14 @@
 #pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wpsabi"
-#include "host_attention/simd_attend.h"
+// Each needs the ones above it.
+// clang-format off
 #include "host_attention/simd_avx512.h"
-#include "host_attention/simd_kernels.h"
 #include "host_attention/simd_math.h"
 #include "host_attention/simd_probe.h"
+#include "host_attention/simd_attend.h"
+#include "host_attention/simd_kernels.h"
+// clang-format on
 #pragma GCC diagnostic pop
 #pragma GCC pop_options
 

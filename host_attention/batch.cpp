@@ -1,0 +1,228 @@
+#include "host_attention/batch.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <numeric>
+#include <utility>
+
+#include "runtime/base/random.h"
+
+namespace passel::host {
+namespace {
+
+uint64_t Nanoseconds() {
+  return static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::nanoseconds>(
+                                   std::chrono::steady_clock::now().time_since_epoch())
+                                   .count());
+}
+
+}  // namespace
+
+Scratch::Scratch()
+    : counters_(kMaxBlockTokens + 65),
+      staging_(kStagingIds),
+      ids_(kMaxBlockTokens + 1),
+      scores_(kMaxBlockTokens + 1) {}
+
+float* Scratch::work(size_t floats) {
+  if (work_.size() < floats) work_.resize(floats);
+  return work_.data();
+}
+
+Scratch& Scratch::Local() {
+  static thread_local Scratch scratch;
+  return scratch;
+}
+
+Batch::Batch(const Options& options, const Kernels& kernels, AttendBatch batch,
+             std::vector<Item> items)
+    : options_(options), kernels_(kernels), batch_(std::move(batch)), items_(std::move(items)) {
+  const auto add = [&](uint32_t item, uint32_t view, uint32_t head, uint32_t first, uint32_t last) {
+    Unit unit{item, view, head, first, last, {}, {}, {}, {}, {}};
+    const size_t heads = head == kAllHeads ? options_.group : 1;
+    unit.max.assign(heads, kEmptyMax);
+    unit.den.assign(heads, 0);
+    unit.num.assign(heads * options_.head_dim, 0);
+    unit.sampled.assign(heads, 0);
+    units_.push_back(std::move(unit));
+  };
+  for (uint32_t i = 0; i < items_.size(); ++i) {
+    const bool by_head =
+        options_.estimator == Estimator::kTopK || options_.estimator == Estimator::kOracleSample;
+    for (uint32_t v = 0; v < items_[i].views.size(); ++v) {
+      const SegmentView& view = *items_[i].views[v];
+      const bool whole = by_head && !batch_.items[i].exact;
+      const uint32_t exact_from = whole ? view.limit : view.sampled;
+      if (exact_from > 0) {
+        for (uint32_t h = 0; h < options_.group; ++h) add(i, v, h, 0, exact_from);
+      }
+      for (uint32_t at = exact_from; at < view.limit; at += kExactTile) {
+        add(i, v, kAllHeads, at, std::min(at + kExactTile, view.limit));
+      }
+    }
+  }
+}
+
+void Batch::Run(size_t index) {
+  Unit& unit = units_[index];
+  const QueryItem& item = batch_.items[unit.item];
+  const Item& held = items_[unit.item];
+  const SegmentView& view = *held.views[unit.view];
+  if (unit.head == kAllHeads) {
+    RunExact(unit, view, item.q);
+    return;
+  }
+  switch (options_.estimator) {
+    case Estimator::kLsh:
+      RunLsh(unit, view, item, held.mean->data());
+      break;
+    case Estimator::kTopK:
+      RunTopK(unit, view, item.q + size_t{unit.head} * options_.head_dim);
+      break;
+    case Estimator::kOracleSample:
+      RunOracle(unit, view, item);
+      break;
+    case Estimator::kFull:
+      break;  // has no such units
+  }
+}
+
+void Batch::RunExact(Unit& unit, const SegmentView& view, const float* q) {
+  const uint64_t start = batch_.times != nullptr ? Nanoseconds() : 0;
+  const uint32_t group = options_.group;
+  float* work = Scratch::Local().work(WorkFloats(group, options_.head_dim));
+  kernels_.attend_dense(view.rows, unit.first, unit.last - unit.first, q, group, work,
+                        unit.max.data(), unit.den.data(), unit.num.data());
+  std::fill(unit.sampled.begin(), unit.sampled.end(), uint64_t{unit.last} - unit.first);
+  if (batch_.times != nullptr) batch_.times->attend_ns += Nanoseconds() - start;
+}
+
+void Batch::RunLsh(Unit& unit, const SegmentView& view, const QueryItem& item, const float* mean) {
+  Scratch& scratch = Scratch::Local();
+  const uint64_t start = batch_.times != nullptr ? Nanoseconds() : 0;
+  const uint16_t* codes = item.codes + size_t{unit.head} * options_.l;
+  size_t count = 0;
+  for (const auto& block : view.blocks) {
+    count += block->Probe(kernels_, codes, view.sampled, scratch.probe(), scratch.ids() + count);
+  }
+  const uint64_t probed = batch_.times != nullptr ? Nanoseconds() : 0;
+  kernels_.attend_list(
+      view.rows, scratch.ids(), count, item.q + size_t{unit.head} * options_.head_dim,
+      {mean, options_.k, options_.l}, scratch.work(WorkFloats(1, options_.head_dim)),
+      {unit.max.data(), unit.den.data(), unit.num.data()});
+  unit.sampled[0] = count;
+  if (batch_.collect_ids) unit.ids.assign(scratch.ids(), scratch.ids() + count);
+  if (batch_.times != nullptr) {
+    batch_.times->probe_ns += probed - start;
+    batch_.times->attend_ns += Nanoseconds() - probed;
+  }
+}
+
+void Batch::RunTopK(Unit& unit, const SegmentView& view, const float* q) {
+  Scratch& scratch = Scratch::Local();
+  float* work = scratch.work(WorkFloats(1, options_.head_dim));
+  const uint32_t n = unit.last;
+  const float* scores = scratch.scores();
+  kernels_.scores(view.rows, 0, n, q, work, scratch.scores());
+  uint32_t* ids = scratch.ids();
+  std::iota(ids, ids + n, 0u);
+  const auto wanted = std::clamp<uint64_t>(
+      static_cast<uint64_t>(std::ceil(options_.budget * static_cast<double>(n))), 1, n);
+  std::nth_element(ids, ids + (wanted - 1), ids + n, [scores](uint32_t a, uint32_t b) {
+    return scores[a] != scores[b] ? scores[a] > scores[b] : a < b;
+  });
+  std::sort(ids, ids + wanted);
+  kernels_.attend_list(view.rows, ids, wanted, q, {}, work,
+                       {unit.max.data(), unit.den.data(), unit.num.data()});
+  unit.sampled[0] = wanted;
+  if (batch_.collect_ids) unit.ids.assign(ids, ids + wanted);
+}
+
+// Draws with replacement from the segment's true softmax: den is exact, num = den · mean of the
+// drawn values, unbiased.
+void Batch::RunOracle(Unit& unit, const SegmentView& view, const QueryItem& item) {
+  Scratch& scratch = Scratch::Local();
+  const uint32_t n = unit.last, d = options_.head_dim;
+  const float* q = item.q + size_t{unit.head} * d;
+  float* work = scratch.work(std::max(WorkFloats(1, d), 2 * size_t{d}));
+  float* scores = scratch.scores();
+  kernels_.scores(view.rows, 0, n, q, work, scores);
+  const float max = *std::max_element(scores, scores + n);
+  double total = 0;
+  std::vector<double> cumulative(n);
+  for (uint32_t i = 0; i < n; ++i) {
+    total += std::exp(static_cast<double>(scores[i]) - max);
+    cumulative[i] = total;
+  }
+  const uint64_t name[] = {options_.seed, item.request.value,     batch_.layer, item.kv_head,
+                           unit.head,     view.segment->number(), view.limit};
+  Random random(HashBytes(name, sizeof(name)));
+  const auto draws = std::max<uint64_t>(
+      1, static_cast<uint64_t>(std::ceil(options_.budget * static_cast<double>(n))));
+  std::vector<uint32_t> ids;
+  for (uint64_t i = 0; i < draws; ++i) {
+    const auto at =
+        std::upper_bound(cumulative.begin(), cumulative.end(), random.Uniform() * total);
+    ids.push_back(static_cast<uint32_t>(std::min<ptrdiff_t>(at - cumulative.begin(), n - 1)));
+  }
+  std::sort(ids.begin(), ids.end());
+  unit.max[0] = max;
+  unit.den[0] = static_cast<float>(total);
+  const float weight = static_cast<float>(total / static_cast<double>(draws));
+  for (const uint32_t id : ids) {
+    LoadRow(view.rows, id, work, work + d);
+    for (uint32_t j = 0; j < d; ++j) unit.num[j] += weight * work[d + j];
+  }
+  ids.erase(std::unique(ids.begin(), ids.end()), ids.end());
+  unit.sampled[0] = ids.size();
+  if (batch_.collect_ids) unit.ids = std::move(ids);
+}
+
+PartialItem Batch::Empty(uint32_t item, int32_t segment) const {
+  PartialItem p;
+  p.item = item;
+  p.segment = segment;
+  p.sampled.assign(options_.group, 0);
+  p.max.assign(options_.group, kEmptyMax);
+  p.den.assign(options_.group, 0);
+  p.num.assign(size_t{options_.group} * options_.head_dim, 0);
+  if (batch_.collect_ids) p.ids.resize(options_.group);
+  return p;
+}
+
+void Batch::Merge(const Unit& unit, PartialItem& into) const {
+  const size_t d = options_.head_dim;
+  const size_t first = unit.head == kAllHeads ? 0 : unit.head;
+  const uint64_t offset = items_[unit.item].views[unit.view]->segment->spec().first_token;
+  for (size_t h = 0; h < unit.max.size(); ++h) {
+    const size_t at = first + h;
+    MergePartial({&into.max[at], &into.den[at], &into.num[at * d]}, unit.max[h], unit.den[h],
+                 &unit.num[h * d], d);
+    into.sampled[at] += unit.sampled[h];
+    if (!batch_.collect_ids) continue;
+    for (const uint32_t id : unit.ids) into.ids[at].push_back(offset + id);
+    if (unit.head != kAllHeads) continue;
+    for (uint32_t id = unit.first; id < unit.last; ++id) into.ids[at].push_back(offset + id);
+  }
+}
+
+std::vector<PartialItem> Batch::Finish() const {
+  std::vector<PartialItem> result;
+  size_t at = 0;
+  for (uint32_t i = 0; i < items_.size(); ++i) {
+    if (!options_.deterministic) result.push_back(Empty(i, -1));
+    for (uint32_t v = 0; v < items_[i].views.size(); ++v) {
+      if (options_.deterministic) {
+        const uint32_t number = items_[i].views[v]->segment->number();
+        result.push_back(Empty(i, static_cast<int32_t>(number)));
+      }
+      for (; at < units_.size() && units_[at].item == i && units_[at].view == v; ++at) {
+        Merge(units_[at], result.back());
+      }
+    }
+  }
+  return result;
+}
+
+}  // namespace passel::host

@@ -1,0 +1,168 @@
+#include "host_attention/pool.h"
+
+#include <hwloc.h>
+#include <sched.h>
+#include <tbb/global_control.h>
+#include <tbb/task_arena.h>
+#include <tbb/task_scheduler_observer.h>
+
+#include <algorithm>
+#include <atomic>
+#include <thread>
+#include <utility>
+#include <vector>
+
+namespace passel::host {
+namespace {
+
+uint32_t MaskThreads() {
+  cpu_set_t mask;
+  CPU_ZERO(&mask);
+  if (sched_getaffinity(0, sizeof(mask), &mask) == 0) {
+    return static_cast<uint32_t>(std::max(1, CPU_COUNT(&mask)));
+  }
+  return std::max(1u, std::thread::hardware_concurrency());
+}
+
+// hwloc's view of the cores that this process may use; binds the calling thread to one of them.
+class Cores {
+ public:
+  Cores() {
+    if (hwloc_topology_init(&topology_) != 0) {
+      topology_ = nullptr;
+    } else if (hwloc_topology_load(topology_) != 0) {
+      hwloc_topology_destroy(topology_);
+      topology_ = nullptr;
+    }
+    if (topology_ == nullptr) return;
+    const hwloc_bitmap_t mask = hwloc_bitmap_alloc();
+    if (hwloc_get_cpubind(topology_, mask, HWLOC_CPUBIND_PROCESS) == 0) {
+      for (int i = hwloc_bitmap_first(mask); i >= 0; i = hwloc_bitmap_next(mask, i)) {
+        units_.push_back(static_cast<unsigned>(i));
+      }
+    }
+    hwloc_bitmap_free(mask);
+  }
+  ~Cores() {
+    if (topology_ != nullptr) hwloc_topology_destroy(topology_);
+  }
+  Cores(const Cores&) = delete;
+  Cores& operator=(const Cores&) = delete;
+
+  // Pinning is a hint: where the system refuses, threads float.
+  void Bind(size_t index) const {
+    if (units_.empty()) return;
+    const hwloc_bitmap_t one = hwloc_bitmap_alloc();
+    hwloc_bitmap_only(one, units_[index % units_.size()]);
+    hwloc_set_cpubind(topology_, one, HWLOC_CPUBIND_THREAD);
+    hwloc_bitmap_free(one);
+  }
+
+ private:
+  hwloc_topology_t topology_ = nullptr;
+  std::vector<unsigned> units_;
+};
+
+class Pinner : public tbb::task_scheduler_observer {
+ public:
+  explicit Pinner(tbb::task_arena& arena) : tbb::task_scheduler_observer(arena) { observe(true); }
+  ~Pinner() override { observe(false); }
+  void on_scheduler_entry(bool is_worker) override {
+    const int slot = tbb::this_task_arena::current_thread_index();
+    if (is_worker && slot >= 0) cores_.Bind(static_cast<size_t>(slot));
+  }
+
+ private:
+  Cores cores_;
+};
+
+}  // namespace
+
+struct Pool::Arena {
+  Arena(uint32_t threads, bool pin)
+      // TBB keeps one worker fewer than this, for a main thread that never joins here.
+      : parallelism(tbb::global_control::max_allowed_parallelism, size_t{threads} + 1),
+        arena(static_cast<int>(threads), 0) {
+    arena.initialize();
+    if (pin) pinner = std::make_unique<Pinner>(arena);
+  }
+  tbb::global_control parallelism;
+  tbb::task_arena arena;
+  std::unique_ptr<Pinner> pinner;
+};
+
+struct Pool::Loop {
+  size_t units = 0;
+  std::function<void(size_t)> unit;
+  std::function<void()> finish;
+  std::atomic<size_t> next{0};
+  std::atomic<size_t> left{0};
+};
+
+Pool::Pool(uint32_t threads, bool pin)
+    : threads_(threads == 0 ? MaskThreads() : threads),
+      arena_(std::make_unique<Arena>(threads_, pin)) {}
+
+Pool::~Pool() {
+  std::unique_lock lock(mutex_);
+  idle_.wait(lock, [this] { return unfinished_ == 0; });
+}
+
+void Pool::Post(Lane lane, std::function<void()> job) {
+  {
+    const std::lock_guard lock(mutex_);
+    ++unfinished_;
+    (lane == Lane::kForeground ? foreground_ : background_).push_back(std::move(job));
+  }
+  // Every arena task takes the most urgent job there is, not necessarily the one posted with it.
+  arena_->arena.enqueue([this] { RunOne(); });
+}
+
+void Pool::RunOne() {
+  std::function<void()> job;
+  {
+    const std::lock_guard lock(mutex_);
+    auto& queue = foreground_.empty() ? background_ : foreground_;
+    job = std::move(queue.front());
+    queue.pop_front();
+  }
+  job();
+  job = nullptr;  // what it held goes before the pool counts as idle
+  const std::lock_guard lock(mutex_);
+  if (--unfinished_ == 0) idle_.notify_all();
+}
+
+void Pool::ForEach(Lane lane, size_t units, std::function<void(size_t)> unit,
+                   std::function<void()> finish) {
+  if (units == 0) {
+    Post(lane, std::move(finish));
+    return;
+  }
+  auto loop = std::make_shared<Loop>();
+  loop->units = units;
+  loop->unit = std::move(unit);
+  loop->finish = std::move(finish);
+  loop->left = units;
+  const size_t runners = std::min<size_t>(units, threads_);
+  for (size_t i = 0; i < runners; ++i) {
+    Post(lane, [this, lane, loop] { RunLoop(lane, loop); });
+  }
+}
+
+void Pool::RunLoop(Lane lane, const std::shared_ptr<Loop>& loop) {
+  for (;;) {
+    const size_t i = loop->next.fetch_add(1);
+    if (i >= loop->units) return;
+    loop->unit(i);
+    if (loop->left.fetch_sub(1) == 1) {
+      loop->finish();
+      return;
+    }
+    if (lane == Lane::kBackground) {
+      Post(lane, [this, lane, loop] { RunLoop(lane, loop); });
+      return;
+    }
+  }
+}
+
+}  // namespace passel::host

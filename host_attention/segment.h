@@ -1,0 +1,97 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "host_attention/host_attention.h"
+#include "host_attention/pool.h"
+#include "host_attention/tables.h"
+
+namespace passel::host {
+
+// Zeroed memory of one Open, in one mapping (huge pages where allowed); whatever it holds goes, and
+// `on_free` runs, with the last segment in it.
+class Slab {
+ public:
+  // Throws Error{kMemory} where the system refuses.
+  Slab(uint64_t bytes, std::function<void()> on_free);
+  ~Slab();
+  Slab(const Slab&) = delete;
+  Slab& operator=(const Slab&) = delete;
+  // A piece aligned to 64 bytes.
+  std::byte* Take(uint64_t bytes);
+
+ private:
+  std::byte* data_ = nullptr;
+  uint64_t bytes_ = 0, taken_ = 0;
+  std::function<void()> on_free_;
+};
+
+// Bytes of a segment in its slab; the rest of SegmentBytes is allocated as tokens come.
+uint64_t SegmentSlabBytes(const Options& options, const SegmentSpec& spec);
+
+// What a query reads of a segment; holds alive what it names. Token numbers are the segment's own.
+class Segment;
+struct SegmentView {
+  std::shared_ptr<const Segment> segment;
+  RowsView rows;
+  std::vector<std::shared_ptr<const TableBlock>> blocks;
+  uint32_t sampled = 0;  // tokens [0, sampled) are sampled
+  uint32_t limit = 0;    // tokens [sampled, limit) are attended exactly
+};
+
+// One segment's rows and tables. Append, View and WhenSealed are called by one thread; sealing and
+// merging run in the pool and change only which structure finds the tokens, never which are found.
+class Segment : public std::enable_shared_from_this<Segment> {
+ public:
+  Segment(const Options& options, const SegmentSpec& spec, uint32_t number,
+          std::shared_ptr<Slab> slab, std::shared_ptr<Usage> usage, Pool& pool);
+  ~Segment();
+  Segment(const Segment&) = delete;
+  Segment& operator=(const Segment&) = delete;
+
+  uint32_t number() const { return number_; }
+  const SegmentSpec& spec() const { return spec_; }
+  // Tokens appended.
+  uint64_t present() const { return present_; }
+  // As HostAttention::Append, for tokens [first, first + count) of this segment.
+  Status Append(uint64_t first, uint32_t count, const bf16* rows, const uint16_t* codes);
+  // tokens ≤ present(). Where `sampling`, codes must have come with the tokens: else nullptr.
+  std::unique_ptr<SegmentView> View(uint64_t tokens, bool sampling) const;
+  // Runs `then` on a pool thread once the tables are sealed; false, and does not, where they are.
+  bool WhenSealed(std::function<void()> then) const;
+
+ private:
+  enum class Codes : uint8_t { kUnknown, kPresent, kAbsent };
+  using Blocks = std::vector<std::shared_ptr<const TableBlock>>;
+  void AddCodes(uint64_t index, uint32_t count, const uint16_t* codes);
+  void StartSeal();
+  void StartMerge();
+  // The blocks to be merged into one next; empty if none are. Under the mutex.
+  Blocks DueMerge() const;
+
+  const Options options_;
+  const SegmentSpec spec_;
+  const uint32_t number_;
+  const std::shared_ptr<Slab> slab_;
+  const std::shared_ptr<Usage> usage_;
+  Pool& pool_;
+  RowsView rows_;
+  std::byte* row_data_ = nullptr;
+  uint64_t present_ = 0;
+  Codes codes_ = Codes::kUnknown;
+  std::shared_ptr<TableBlock> prompt_;  // in the slab
+  std::shared_ptr<TableBlock> open_;    // the run of kOpenTokens that is being filled
+
+  mutable std::mutex mutex_;  // guards what follows
+  mutable std::vector<std::function<void()>> waiting_;
+  bool sealing_ = false;
+  bool merging_ = false;
+  Blocks blocks_;  // of a generated segment, adjacent from token 0
+};
+
+}  // namespace passel::host
