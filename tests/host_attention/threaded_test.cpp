@@ -1,0 +1,196 @@
+// Concurrency: many batches in flight, sealing and merging underneath, release in flight.
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+
+#include "host_attention/host_attention.h"
+#include "host_attention/pool.h"
+#include "tests/host_attention/reference.h"
+
+namespace passel::host {
+namespace {
+
+using reference::Codes;
+using reference::Data;
+
+// Counts batches that are done.
+class Latch {
+ public:
+  void Arrive() {
+    const std::lock_guard lock(mutex_);
+    ++count_;
+    arrived_.notify_one();
+  }
+  void WaitFor(size_t count) {
+    std::unique_lock lock(mutex_);
+    arrived_.wait(lock, [&] { return count_ >= count; });
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable arrived_;
+  size_t count_ = 0;
+};
+
+TEST(Pool, RunsEveryUnitOnceAndThenFinishes) {
+  Latch latch;
+  std::vector<std::atomic<int>> runs(1000);
+  std::atomic<int> finished{0};
+  Pool pool(3, true);
+  for (const Pool::Lane lane : {Pool::Lane::kForeground, Pool::Lane::kBackground}) {
+    pool.ForEach(
+        lane, runs.size(), [&](size_t i) { ++runs[i]; },
+        [&] {
+          ++finished;
+          latch.Arrive();
+        });
+  }
+  pool.ForEach(
+      Pool::Lane::kForeground, 0, [](size_t) {}, [&] { latch.Arrive(); });
+  latch.WaitFor(3);
+  EXPECT_EQ(finished, 2);
+  for (const auto& r : runs) EXPECT_EQ(r, 2);
+}
+
+struct Fixture {
+  static constexpr uint32_t kK = 5, kL = 24;
+  Data data = reference::MakeData(31, 4500, 32, 2);
+  Codes codes = reference::Hash(data, 3, kK, kL);
+  Options options;
+  Fixture() {
+    options.head_dim = data.d;
+    options.group = data.group;
+    options.k = kK;
+    options.l = kL;
+    options.memory_bytes = uint64_t{1} << 30;
+    options.threads = 4;
+    options.deterministic = true;
+    options.block_tokens = 1500;
+  }
+};
+
+TEST(HostAttentionThreaded, QueriesInFlightWhileTokensComeAndBlocksMerge) {
+  Fixture f;
+  HostAttention host(f.options);
+  const auto plan = PlanSegments(2000, 2500, 1500);
+  OpenSpec spec;
+  spec.request = RequestId(1);
+  spec.layers = 1;
+  spec.layer_list = {0};
+  for (uint32_t s = 0; s < plan.size(); ++s) spec.parts.push_back({0, s, plan[s]});
+  host.Open(spec);
+  ASSERT_EQ(host.SetMean({RequestId(1), 0, 0, f.data.mean}), Status::kOk);
+  Latch latch;
+  std::mutex mutex;
+  std::vector<std::pair<uint64_t, std::vector<PartialItem>>> results;
+  size_t queries = 0;
+  const auto append = [&](uint64_t first, uint32_t count) {
+    ASSERT_EQ(host.Append({RequestId(1), 0, 0, first, count, &f.data.rows[first * 2 * f.data.d],
+                           &f.codes.keys[first * Fixture::kL]}),
+              Status::kOk);
+  };
+  append(0, 1000);
+  append(1000, 1000);
+  for (uint64_t at = 2000; at < 4500; ++at) {
+    // The prompt's tables are likely still being sealed at the first of these.
+    if (at % 25 == 0) {
+      AttendBatch batch;
+      batch.items = {reference::ItemOf(f.data, &f.codes, at)};
+      ++queries;
+      ASSERT_EQ(host.Attend(std::move(batch),
+                            [&, at](std::vector<PartialItem> partials) {
+                              {
+                                const std::lock_guard lock(mutex);
+                                results.emplace_back(at, std::move(partials));
+                              }
+                              latch.Arrive();
+                            }),
+                Status::kOk);
+    }
+    append(at, 1);
+  }
+  latch.WaitFor(queries);
+  // The same queries again, with everything merged, on one thread at a time.
+  for (const auto& [tokens, before] : results) {
+    AttendBatch batch;
+    batch.items = {reference::ItemOf(f.data, &f.codes, tokens)};
+    const auto now = reference::Wait(host, std::move(batch));
+    ASSERT_EQ(now.size(), before.size());
+    uint64_t sampled = 0;
+    for (size_t i = 0; i < now.size(); ++i) {
+      EXPECT_EQ(now[i].sampled, before[i].sampled);
+      EXPECT_EQ(now[i].den, before[i].den);
+      EXPECT_EQ(now[i].num, before[i].num);
+      sampled += now[i].sampled[0];
+    }
+    EXPECT_TRUE(sampled > 0 && sampled < tokens / 2) << sampled << " of " << tokens;
+  }
+}
+
+TEST(HostAttentionThreaded, ReleaseInFlightReturnsAccountingToZero) {
+  Fixture f;
+  HostAttention host(f.options);
+  Random random(1);
+  Latch latch;
+  size_t queries = 0;
+  for (uint64_t life = 1; life <= 60; ++life) {
+    const uint64_t prompt = random.Next() % 1800, generated = 1 + random.Next() % 900;
+    const auto plan = PlanSegments(prompt, generated, 1500);
+    OpenSpec spec;
+    spec.request = RequestId(life);
+    spec.layers = 2;
+    spec.layer_list = {0, 1};
+    for (uint32_t s = 0; s < plan.size(); ++s) spec.parts.push_back({0, s, plan[s]});
+    host.Open(spec);
+    for (const SegmentSpec& s : plan) {
+      ASSERT_EQ(
+          host.Append({RequestId(life), 1, 0, s.first_token, static_cast<uint32_t>(s.capacity),
+                       &f.data.rows[s.first_token * 2 * f.data.d],
+                       &f.codes.keys[s.first_token * Fixture::kL]}),
+          Status::kOk);
+    }
+    AttendBatch batch;
+    batch.layer = 1;
+    batch.items = {reference::ItemOf(f.data, &f.codes, prompt + generated)};
+    batch.items[0].request = RequestId(life);
+    ++queries;
+    ASSERT_EQ(host.Attend(std::move(batch),
+                          [&](std::vector<PartialItem> partials) {
+                            EXPECT_FALSE(partials.empty());
+                            latch.Arrive();
+                          }),
+              Status::kOk);
+    EXPECT_GT(host.usage().reserved_bytes, 0u);
+    EXPECT_LE(host.usage().kv_bytes + host.usage().table_bytes, host.usage().reserved_bytes);
+    host.Release(RequestId(life));
+  }
+  latch.WaitFor(queries);
+  // Merges of released requests may still be running: their memory goes with them.
+  while (host.usage().reserved_bytes != 0) std::this_thread::yield();
+  EXPECT_EQ(host.usage().kv_bytes, 0u);
+  EXPECT_EQ(host.usage().table_bytes, 0u);
+}
+
+TEST(HostAttentionThreaded, DestructionWaitsForWhatRuns) {
+  Fixture f;
+  std::atomic<int> done{0};
+  {
+    HostAttention host(f.options);
+    const auto plan = PlanSegments(1500, 0, 1500);
+    reference::OpenOne(host, plan);
+    reference::AppendAll(host, f.data, &f.codes, Fixture::kL, plan, 500);
+    for (int i = 0; i < 20; ++i) {
+      AttendBatch batch;
+      batch.items = {reference::ItemOf(f.data, &f.codes, 1500)};
+      ASSERT_EQ(host.Attend(std::move(batch), [&](std::vector<PartialItem>) { ++done; }),
+                Status::kOk);
+    }
+  }
+  EXPECT_EQ(done, 20);
+}
+
+}  // namespace
+}  // namespace passel::host
