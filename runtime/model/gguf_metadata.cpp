@@ -1,11 +1,10 @@
 #include <fmt/format.h>
 
-#include <algorithm>
-#include <array>
 #include <limits>
 
 #include "runtime/model/gguf_model.h"
 #include "runtime/model/mapped_model.h"
+#include "runtime/model/stop_ids.h"
 
 namespace passel::model {
 namespace {
@@ -70,25 +69,6 @@ int32_t TokenId(const GgufFile& file, const std::string& key, size_t tokens) {
     file.Fail(key, fmt::format("is {}; expected a token id below {}", id, tokens));
   }
   return static_cast<int32_t>(id);
-}
-
-// Ids that end generation: those the metadata names, and turn ends known by their text.
-std::vector<int32_t> StopIds(const GgufFile& file, const TokenizerData& data) {
-  std::vector<int32_t> stop;
-  auto add = [&](int32_t id) {
-    if (id >= 0 && std::find(stop.begin(), stop.end(), id) == stop.end()) stop.push_back(id);
-  };
-  for (const char* name : {"eos", "eot", "eom"}) {
-    add(TokenId(file, fmt::format("tokenizer.ggml.{}_token_id", name), data.tokens.size()));
-  }
-  static constexpr std::array kTurnEnds = {"<|im_end|>", "<|eot_id|>", "<|eom_id|>"};
-  for (size_t id = 0; id < data.tokens.size(); ++id) {
-    if (data.types[id] == TokenizerData::TokenType::kSpecial &&
-        std::find(kTurnEnds.begin(), kTurnEnds.end(), data.tokens[id]) != kTurnEnds.end()) {
-      add(static_cast<int32_t>(id));
-    }
-  }
-  return stop;
 }
 
 }  // namespace
@@ -177,7 +157,11 @@ TokenizerData GgufTokenizer(const GgufFile& file) {
   data.bos = TokenId(file, "tokenizer.ggml.bos_token_id", count);
   data.eos = TokenId(file, "tokenizer.ggml.eos_token_id", count);
   data.unknown = TokenId(file, "tokenizer.ggml.unknown_token_id", count);
-  data.stop = StopIds(file, data);
+  std::vector<int32_t> stops = {data.eos};
+  for (const char* name : {"eot", "eom"}) {
+    stops.push_back(TokenId(file, fmt::format("tokenizer.ggml.{}_token_id", name), count));
+  }
+  data.stop = StopIds(data, stops);
   // Llama 3 asks for BOS in its post-processor, which GGUF files often leave unsaid.
   data.add_bos = file.BoolOr("tokenizer.ggml.add_bos_token",
                              sentence_piece || data.pre_tokenizer == "llama-bpe");

@@ -1,0 +1,72 @@
+#include <fmt/format.h>
+
+#include "runtime/model/hf_model.h"
+#include "runtime/model/json_file.h"
+#include "runtime/model/mapped_model.h"
+
+namespace passel::model {
+namespace {
+
+// `rope_scaling` of a config, or the `rope_parameters` that newer ones have in its place.
+void ReadRope(const JsonObject& root, const std::string& path, ModelConfig& config) {
+  config.rope_theta = root.NumberOr("rope_theta", 10000);
+  const char* key = root.Find("rope_parameters") != nullptr ? "rope_parameters" : "rope_scaling";
+  const nlohmann::json* json = root.Find(key);
+  if (json == nullptr) return;
+  const std::string where = path + ": " + key;
+  const JsonObject rope(*json, where);
+  config.rope_theta = rope.NumberOr("rope_theta", config.rope_theta);
+  const std::string type = rope.StringOr("rope_type", rope.StringOr("type", "default"));
+  if (type == "default") return;
+  RopeScaling scaling;
+  scaling.type = type;
+  scaling.factor = rope.NumberOr("factor", 0);
+  scaling.low_freq_factor = rope.NumberOr("low_freq_factor", scaling.low_freq_factor);
+  scaling.high_freq_factor = rope.NumberOr("high_freq_factor", scaling.high_freq_factor);
+  scaling.original_context =
+      rope.IntOr("original_max_position_embeddings", scaling.original_context);
+  config.rope_scaling = scaling;
+}
+
+}  // namespace
+
+ModelConfig HfConfig(const std::string& directory) {
+  const std::string path = directory + "/config.json";
+  const nlohmann::json json = ParseJsonFile(path, 16 << 20);
+  const JsonObject root(json, path);
+  ModelConfig config;
+  config.architecture = root.StringOr("model_type", "");
+  if (config.architecture != "llama" && config.architecture != "mistral") {
+    root.Fail("model_type",
+              fmt::format("is \"{}\"; expected \"llama\" or \"mistral\"", config.architecture));
+  }
+  for (const char* key : {"attention_bias", "mlp_bias"}) {
+    if (root.BoolOr(key, false)) root.Fail(key, "is true; expected a model without biases");
+  }
+  if (const std::string act = root.StringOr("hidden_act", "silu"); act != "silu") {
+    root.Fail("hidden_act", fmt::format("is \"{}\"; expected \"silu\"", act));
+  }
+  config.layers = root.Int32("num_hidden_layers");
+  config.hidden = root.Int32("hidden_size");
+  config.heads = root.Int32("num_attention_heads");
+  config.kv_heads = root.Int32Or("num_key_value_heads", config.heads);
+  config.ffn = root.Int32("intermediate_size");
+  config.vocab = root.Int32("vocab_size");
+  config.context_length = root.Int("max_position_embeddings");
+  config.norm_eps = static_cast<float>(root.NumberOr("rms_norm_eps", 1e-6));
+  config.tied_embeddings = root.BoolOr("tie_word_embeddings", false);
+  if (config.architecture == "mistral") config.sliding_window = root.IntOr("sliding_window", 0);
+  if (root.Find("head_dim") != nullptr) {
+    config.head_dim = root.Int32("head_dim");
+  } else if (config.heads > 0 && config.hidden % config.heads == 0) {
+    config.head_dim = config.hidden / config.heads;
+  } else {
+    root.Fail("num_attention_heads", fmt::format("is {}; expected a divisor of the hidden size, {}",
+                                                 config.heads, config.hidden));
+  }
+  ReadRope(root, path, config);
+  ValidateConfig(config, path);
+  return config;
+}
+
+}  // namespace passel::model

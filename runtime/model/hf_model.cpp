@@ -1,0 +1,127 @@
+#include "runtime/model/hf_model.h"
+
+#include <fmt/format.h>
+
+#include <array>
+#include <filesystem>
+#include <set>
+
+#include "runtime/base/error.h"
+#include "runtime/model/json_file.h"
+#include "runtime/model/mapped_model.h"
+#include "runtime/model/safetensors.h"
+
+namespace passel::model {
+namespace {
+
+std::string TensorName(WeightId id) {
+  switch (id.kind) {
+    case WeightKind::kTokenEmbedding:
+      return "model.embed_tokens.weight";
+    case WeightKind::kOutputNorm:
+      return "model.norm.weight";
+    case WeightKind::kOutput:
+      return "lm_head.weight";
+    default:
+      break;
+  }
+  static constexpr std::array kNames = {
+      "input_layernorm",  "self_attn.q_proj", "self_attn.k_proj",
+      "self_attn.v_proj", "self_attn.o_proj", "post_attention_layernorm",
+      "mlp.gate_proj",    "mlp.up_proj",      "mlp.down_proj"};
+  const size_t kind = static_cast<size_t>(id.kind) - static_cast<size_t>(WeightKind::kAttnNorm);
+  return fmt::format("model.layers.{}.{}.weight", id.layer, kNames[kind]);
+}
+
+// The files that hold weights: one, or those that the index names.
+std::set<std::string> ShardNames(const std::string& directory) {
+  const std::string index = directory + "/model.safetensors.index.json";
+  std::error_code error;
+  if (!std::filesystem::exists(index, error)) return {"model.safetensors"};
+  const nlohmann::json json = ParseJsonFile(index, 256 << 20);
+  const JsonObject root(json, index);
+  const nlohmann::json* map = root.Find("weight_map");
+  if (map == nullptr || !map->is_object() || map->empty()) {
+    root.Fail("weight_map", "expected an object of tensor and file names");
+  }
+  std::set<std::string> names;
+  for (const auto& [tensor, file] : map->items()) {
+    const std::string name = file.is_string() ? file.get<std::string>() : "";
+    // A plain name: the index must not lead out of the directory.
+    if (name.empty() || std::filesystem::path(name).filename() != name || name == "..") {
+      root.Fail("weight_map", fmt::format("\"{}\" is in \"{}\"; expected the name of a file beside "
+                                          "it",
+                                          tensor, name));
+    }
+    names.insert(name);
+  }
+  return names;
+}
+
+class HfModel final : public MappedModel {
+ public:
+  explicit HfModel(const std::string& directory) : directory_(directory) {
+    config_ = HfConfig(directory);
+    for (const std::string& name : ShardNames(directory)) {
+      shards_.emplace_back(directory + "/" + name);
+      weight_bytes_ += shards_.back().tensor_bytes();
+      for (const auto& [tensor, view] : shards_.back().tensors()) {
+        if (!tensors_.emplace(tensor, Place{&view, shards_.size() - 1}).second) {
+          Fail(tensor, "is in two files; expected it once");
+        }
+      }
+    }
+    std::set<std::string> known;
+    for (const ExpectedWeight& e : ExpectedWeights(config_)) known.insert(Bind(e));
+    if (config_.tied_embeddings) known.insert("lm_head.weight");  // a copy that some files keep
+    for (const auto& [name, place] : tensors_) {
+      // Rotary frequencies are derived from the config; old files store them.
+      if (!known.contains(name) && !name.ends_with(".rotary_emb.inv_freq")) {
+        Fail(name, "is not part of a dense llama model of this many layers; expected none such");
+      }
+    }
+    tokenizer_ = HfTokenizer(directory, config_.vocab);
+  }
+
+ private:
+  struct Place {
+    const Safetensor* tensor;
+    size_t shard;
+  };
+
+  [[noreturn]] void Fail(const std::string& tensor, const std::string& what) const {
+    const auto it = tensors_.find(tensor);
+    const std::string& where = it == tensors_.end() ? directory_ : shards_[it->second.shard].path();
+    throw Error(ErrorClass::kModel, fmt::format("{}: tensor '{}': {}", where, tensor, what));
+  }
+
+  std::string Bind(const ExpectedWeight& e) {
+    std::string name = TensorName(e.id);
+    const auto it = tensors_.find(name);
+    if (it == tensors_.end()) {
+      Fail(name, fmt::format("is missing; expected [{}, {}]", e.rows, e.cols));
+    }
+    const Safetensor& tensor = *it->second.tensor;
+    if (!tensor.type) {
+      Fail(name, fmt::format("has dtype {}; expected F32, F16 or BF16", tensor.dtype));
+    }
+    if (tensor.rows != e.rows || tensor.cols != e.cols) {
+      Fail(name,
+           fmt::format("is [{}, {}]; expected [{}, {}]", tensor.rows, tensor.cols, e.rows, e.cols));
+    }
+    SetView(e.id, {tensor.data, *tensor.type, tensor.rows, tensor.cols, 0});
+    return name;
+  }
+
+  std::string directory_;
+  std::vector<SafetensorsFile> shards_;
+  std::map<std::string, Place> tensors_;
+};
+
+}  // namespace
+
+std::unique_ptr<ModelFile> OpenHfModel(const std::string& directory) {
+  return std::make_unique<HfModel>(directory);
+}
+
+}  // namespace passel::model

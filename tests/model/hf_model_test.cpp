@@ -1,0 +1,364 @@
+// Hugging Face directories: config.json, safetensors, tokenizer.json.
+
+#include <gtest/gtest.h>
+
+#include <filesystem>
+#include <fstream>
+#include <functional>
+#include <nlohmann/json.hpp>
+
+#include "runtime/base/error.h"
+#include "runtime/base/random.h"
+#include "runtime/model/model_file.h"
+#include "runtime/model/safetensors.h"
+#include "tests/model/gguf_writer.h"
+
+namespace passel::model {
+namespace {
+
+using nlohmann::json;
+
+constexpr int kHidden = 24, kHeads = 3, kKvHeads = 1, kDim = 16, kFfn = 40, kVocab = 11;
+
+float Value(int64_t r, int64_t c) { return static_cast<float>((r * 5 + c) % 120); }
+
+struct Matrix {
+  std::string name;
+  int64_t rows, cols;
+};
+
+std::vector<Matrix> Weights() {
+  const std::string l = "model.layers.0.";
+  return {{"model.embed_tokens.weight", kVocab, kHidden},
+          {"model.norm.weight", 1, kHidden},
+          {"lm_head.weight", kVocab, kHidden},
+          {l + "input_layernorm.weight", 1, kHidden},
+          {l + "self_attn.q_proj.weight", kHeads * kDim, kHidden},
+          {l + "self_attn.k_proj.weight", kKvHeads * kDim, kHidden},
+          {l + "self_attn.v_proj.weight", kKvHeads * kDim, kHidden},
+          {l + "self_attn.o_proj.weight", kHidden, kHeads * kDim},
+          {l + "post_attention_layernorm.weight", 1, kHidden},
+          {l + "mlp.gate_proj.weight", kFfn, kHidden},
+          {l + "mlp.up_proj.weight", kFfn, kHidden},
+          {l + "mlp.down_proj.weight", kHidden, kFfn}};
+}
+
+json Config() {
+  return {{"model_type", "llama"},
+          {"hidden_size", kHidden},
+          {"intermediate_size", kFfn},
+          {"num_hidden_layers", 1},
+          {"num_attention_heads", kHeads},
+          {"num_key_value_heads", kKvHeads},
+          {"head_dim", kDim},  // not hidden / heads
+          {"max_position_embeddings", 256},
+          {"rms_norm_eps", 1e-5},
+          {"rope_theta", 1e6},
+          {"vocab_size", kVocab},
+          {"eos_token_id", 2},
+          {"tie_word_embeddings", false}};
+}
+
+std::string WithHeader(const std::string& header, const std::string& data) {
+  return Bytes().Text(header).str() + data;
+}
+
+// BF16, vectors as one dimension.
+std::string Safetensors(const std::vector<Matrix>& weights) {
+  json header = json::object();
+  std::string data;
+  for (const Matrix& w : weights) {
+    const size_t begin = data.size();
+    for (int64_t i = 0; i < w.rows * w.cols; ++i) {
+      const bf16 x = ToBf16(Value(i / w.cols, i % w.cols));
+      data.append(reinterpret_cast<const char*>(&x), sizeof(x));
+    }
+    const json shape = w.rows == 1 ? json{w.cols} : json{w.rows, w.cols};
+    header[w.name] = {{"dtype", "BF16"}, {"shape", shape}, {"data_offsets", {begin, data.size()}}};
+  }
+  return WithHeader(header.dump(), data);
+}
+
+class HfModelTest : public testing::Test {
+ protected:
+  HfModelTest() { std::filesystem::create_directory(dir_.str()); }
+  void Write(const std::string& name, const std::string& content) const {
+    std::ofstream(dir_.str() + "/" + name, std::ios::binary) << content;
+  }
+  void WriteModel() const {
+    Write("config.json", Config().dump());
+    Write("model.safetensors", Safetensors(Weights()));
+  }
+  std::unique_ptr<ModelFile> Open() const { return ModelFile::Open(dir_.str()); }
+  void ExpectRefused(const std::string& part) const {
+    try {
+      Open();
+      FAIL() << "expected an error with \"" << part << "\"";
+    } catch (const Error& e) {
+      const std::string what = e.what();
+      EXPECT_EQ(e.error_class(), ErrorClass::kModel);
+      EXPECT_EQ(what.find(dir_.str()), 0u) << what;
+      EXPECT_NE(what.find(part), std::string::npos) << what;
+    }
+  }
+  static float At(const ModelFile& file, WeightKind kind, int64_t row, int64_t col) {
+    float value = -1;
+    file.Read({kind, 0}, row, 1, col, 1, &value);
+    return value;
+  }
+
+  TempPath dir_;
+};
+
+TEST_F(HfModelTest, ReadsConfigAndWeights) {
+  WriteModel();
+  const auto file = Open();
+  const ModelConfig& c = file->config();
+  EXPECT_EQ(c.head_dim, kDim);
+  EXPECT_EQ(c.kv_heads, kKvHeads);
+  EXPECT_EQ(c.rope_theta, 1e6);
+  EXPECT_FALSE(c.tied_embeddings);
+  EXPECT_FALSE(c.rope_scaling);
+  // No reordering of rows here: the format has Hugging Face's order already.
+  EXPECT_EQ(At(*file, WeightKind::kQ, 17, 3), Value(17, 3));
+  EXPECT_EQ(At(*file, WeightKind::kDown, 23, 39), Value(23, 39));
+  EXPECT_EQ(At(*file, WeightKind::kOutput, 10, 23), Value(10, 23));
+  EXPECT_EQ(At(*file, WeightKind::kFfnNorm, 0, 7), Value(0, 7));
+  EXPECT_TRUE(file->tokenizer().tokens.empty());
+}
+
+TEST_F(HfModelTest, ReadsShards) {
+  std::vector<Matrix> weights = Weights();
+  const std::vector<Matrix> first(weights.begin(), weights.begin() + 5);
+  const std::vector<Matrix> second(weights.begin() + 5, weights.end());
+  Write("config.json", Config().dump());
+  Write("a.safetensors", Safetensors(first));
+  Write("b.safetensors", Safetensors(second));
+  json map;
+  for (const Matrix& w : first) map[w.name] = "a.safetensors";
+  for (const Matrix& w : second) map[w.name] = "b.safetensors";
+  Write("model.safetensors.index.json", json{{"weight_map", map}}.dump());
+  EXPECT_EQ(At(*Open(), WeightKind::kDown, 2, 3), Value(2, 3));
+  Write("b.safetensors", Safetensors(weights));
+  ExpectRefused("in two files");
+  Write("b.safetensors", Safetensors(second));
+  map["x"] = "../b.safetensors";
+  Write("model.safetensors.index.json", json{{"weight_map", map}}.dump());
+  ExpectRefused("a file beside it");
+  map["x"] = "missing.safetensors";
+  Write("model.safetensors.index.json", json{{"weight_map", map}}.dump());
+  ExpectRefused("missing.safetensors");
+}
+
+TEST_F(HfModelTest, TiedEmbeddingsAndScaledRope) {
+  json config = Config();
+  config["tie_word_embeddings"] = true;
+  config["model_type"] = "mistral";
+  config["sliding_window"] = 64;
+  config["rope_scaling"] = {{"rope_type", "llama3"},
+                            {"factor", 8},
+                            {"low_freq_factor", 1},
+                            {"high_freq_factor", 4},
+                            {"original_max_position_embeddings", 8192}};
+  Write("config.json", config.dump());
+  std::vector<Matrix> weights = Weights();
+  weights.erase(weights.begin() + 2);
+  Write("model.safetensors", Safetensors(weights));
+  const auto file = Open();
+  EXPECT_EQ(file->config().sliding_window, 64);
+  ASSERT_TRUE(file->config().rope_scaling);
+  EXPECT_EQ(file->config().rope_scaling->factor, 8);
+  EXPECT_EQ(At(*file, WeightKind::kOutput, 4, 5), Value(4, 5));
+}
+
+TEST_F(HfModelTest, RefusesConfigsItCannotServe) {
+  Write("model.safetensors", Safetensors(Weights()));
+  ExpectRefused("config.json");
+  const auto with = [&](const char* key, const json& value, const std::string& part) {
+    json config = Config();
+    config[key] = value;
+    Write("config.json", config.dump());
+    ExpectRefused(part);
+  };
+  with("model_type", "gpt_neox", "model_type");
+  with("hidden_size", -1, "hidden size");
+  with("hidden_size", "24", "hidden_size");
+  with("num_hidden_layers", uint64_t{1} << 40, "num_hidden_layers");
+  with("num_hidden_layers", ~uint64_t{0}, "num_hidden_layers");
+  with("num_hidden_layers", 2, "model.layers.1.input_layernorm.weight");
+  with("num_key_value_heads", 2, "attention heads");
+  with("head_dim", 24, "multiple of 16");
+  with("head_dim", 32, "expected [96, 24]");
+  with("attention_bias", true, "attention_bias");
+  with("hidden_act", "gelu", "hidden_act");
+  with("rope_scaling", json{{"rope_type", "yarn"}, {"factor", 2}}, "yarn");
+  with("rms_norm_eps", 0, "norm epsilon");
+  Write("config.json", "{\"model_type\": \"llama\", \"model_type\": \"llama\"}");
+  ExpectRefused("given twice");
+  Write("config.json", "{\"a\": \"\xff\"}");
+  ExpectRefused("expected JSON");
+  Write("config.json", std::string(10000, '[') + std::string(10000, ']'));
+  ExpectRefused("nests deeper");
+  Write("config.json", "[]");
+  ExpectRefused("JSON object");
+}
+
+TEST_F(HfModelTest, RefusesWeightsThatDoNotFit) {
+  Write("config.json", Config().dump());
+  ExpectRefused("model.safetensors");
+  std::vector<Matrix> weights = Weights();
+  weights.pop_back();
+  Write("model.safetensors", Safetensors(weights));
+  ExpectRefused("'model.layers.0.mlp.down_proj.weight': is missing");
+  weights = Weights();
+  weights.push_back({"model.layers.0.self_attn.q_proj.bias", 1, kHeads * kDim});
+  Write("model.safetensors", Safetensors(weights));
+  ExpectRefused("q_proj.bias");
+}
+
+// Expects Error{kModel} of a file with this header and data.
+void ExpectHeaderRefused(const std::string& header, const std::string& data,
+                         const std::string& part) {
+  const TempPath path(".safetensors", WithHeader(header, data));
+  try {
+    SafetensorsFile file(path.str());
+    FAIL() << "expected an error with \"" << part << "\"";
+  } catch (const Error& e) {
+    EXPECT_EQ(e.error_class(), ErrorClass::kModel);
+    EXPECT_NE(std::string(e.what()).find(part), std::string::npos) << e.what();
+  }
+}
+
+std::string Entry(const std::string& shape, const std::string& offsets,
+                  const std::string& dtype = "F32") {
+  return R"({"dtype":")" + dtype + R"(","shape":)" + shape + R"(,"data_offsets":)" + offsets + "}";
+}
+
+TEST(Safetensors, RefusesHostileHeaders) {
+  const std::string data(16, 'x');
+  const auto one = [](const std::string& entry) { return "{\"a\":" + entry + "}"; };
+  ExpectHeaderRefused("[]", "", "JSON object");
+  ExpectHeaderRefused("{", "", "expected JSON");
+  ExpectHeaderRefused("{} {}", "", "expected JSON");
+  ExpectHeaderRefused(one(Entry("[4]", "[0,16]", "F33")), data, "F33");
+  ExpectHeaderRefused(one(Entry("[-4]", "[0,16]")), data, "shape");
+  ExpectHeaderRefused(one(Entry("[4.0]", "[0,16]")), data, "shape");
+  ExpectHeaderRefused(one(Entry("[1,1,1,1,1,1,1,1,4]", "[0,16]")), data, "shape");
+  ExpectHeaderRefused(one(Entry("[5]", "[0,16]")), data, "spans 16 bytes");
+  ExpectHeaderRefused(one(Entry("[4]", "[0,17]")), data, "within");
+  ExpectHeaderRefused(one(Entry("[4]", "[16,0]")), data, "within");
+  ExpectHeaderRefused(one(Entry("[4]", "[0]")), data, "two sizes");
+  ExpectHeaderRefused(one(Entry("[3]", "[4,16]")), data, "begins at 4");
+  ExpectHeaderRefused(one(Entry("[3]", "[0,12]")), data, "16 bytes of data");
+  // 2^62 · 4 and 2^32 · 2^32 wrap to 0.
+  ExpectHeaderRefused(one(Entry("[4611686018427387904]", "[0,0]")), "", "spans");
+  ExpectHeaderRefused(one(Entry("[4294967296,4294967296]", "[0,0]")), "", "spans");
+  ExpectHeaderRefused("{\"a\":" + Entry("[2]", "[0,8]") + ",\"b\":" + Entry("[3]", "[4,16]") + "}",
+                      data, "begins at 4");
+  ExpectHeaderRefused("{\"a\":" + Entry("[4]", "[0,16]") + ",\"a\":" + Entry("[4]", "[0,16]") + "}",
+                      data, "given twice");
+  for (const uint64_t length : {uint64_t{3}, uint64_t{100'000'001}, ~uint64_t{0}}) {
+    const TempPath path(".safetensors", Bytes().Put(length).str());
+    EXPECT_THROW(SafetensorsFile file(path.str()), Error);
+  }
+}
+
+TEST(Safetensors, TruncatedAndCorruptFilesNeverCrash) {
+  const std::string whole = WithHeader(
+      "{\"a\":" + Entry("[2,2]", "[0,16]") + ",\"b\":" + Entry("[1]", "[16,18]", "F16") + "}",
+      std::string(18, 'x'));
+  {
+    const TempPath path(".safetensors", whole);
+    EXPECT_EQ(SafetensorsFile(path.str()).tensors().at("a").rows, 2);
+  }
+  for (size_t size = 0; size < whole.size(); ++size) {
+    const TempPath path(".safetensors", whole.substr(0, size));
+    EXPECT_THROW(SafetensorsFile file(path.str()), Error) << size;
+  }
+  Random random(8);
+  for (int trial = 0; trial < 3000; ++trial) {
+    std::string bytes = whole;
+    bytes[random.Next() % bytes.size()] = static_cast<char>(random.Next());
+    const TempPath path(".safetensors", bytes);
+    try {
+      const SafetensorsFile file(path.str());
+      EXPECT_EQ(file.tensor_bytes(), 18u);
+    } catch (const Error& e) {
+      EXPECT_EQ(e.error_class(), ErrorClass::kModel);
+    }
+  }
+}
+
+json TokenizerJson() {
+  json vocab;
+  const char* tokens[] = {"a", "b", "ab", "c", "1", "2", "\u0120"};
+  for (size_t i = 0; i < std::size(tokens); ++i) vocab[tokens[i]] = i + 3;
+  return {
+      {"added_tokens",
+       {{{"id", 0}, {"content", "<pad>"}, {"special", true}},
+        {{"id", 1}, {"content", "<s>"}, {"special", true}},
+        {{"id", 2}, {"content", "<|im_end|>"}, {"special", true}}}},
+      {"normalizer", nullptr},
+      {"pre_tokenizer",
+       {{"type", "Sequence"},
+        {"pretokenizers",
+         {{{"type", "Digits"}, {"individual_digits", true}},
+          {{"type", "ByteLevel"}, {"add_prefix_space", false}, {"use_regex", true}}}}}},
+      {"model",
+       {{"type", "BPE"}, {"vocab", vocab}, {"merges", json::array({json::array({"a", "b"})})}}}};
+}
+
+TEST_F(HfModelTest, ReadsTheTokenizer) {
+  WriteModel();
+  Write("tokenizer.json", TokenizerJson().dump());
+  Write("tokenizer_config.json",
+        json{{"bos_token", {{"content", "<s>"}}}, {"eos_token", "<pad>"}, {"chat_template", "T"}}
+            .dump());
+  Write("generation_config.json", json{{"eos_token_id", {0, 9}}}.dump());
+  TokenizerData data = Open()->tokenizer();
+  EXPECT_EQ(data.bos, 1);
+  EXPECT_EQ(data.eos, 0);
+  EXPECT_FALSE(data.add_bos);
+  EXPECT_EQ(data.stop, (std::vector<int32_t>{0, 9, 2}));
+  EXPECT_EQ(data.chat_template, "T");
+  EXPECT_EQ(Tokenizer::Make(data)->Encode("ab 12<s>", true), (std::vector<int32_t>{5, 9, 7, 8, 1}));
+
+  json changed = TokenizerJson();
+  changed["pre_tokenizer"]["pretokenizers"][0] = {
+      {"type", "Split"}, {"pattern", {{"Regex", "[a-z]|."}}}, {"behavior", "Isolated"}};
+  changed["pre_tokenizer"]["pretokenizers"][1]["use_regex"] = false;
+  changed["post_processor"] = {
+      {"type", "TemplateProcessing"},
+      {"single", {{{"SpecialToken", {{"id", "<s>"}, {"type_id", 0}}}}, {{"Sequence", {}}}}}};
+  Write("tokenizer.json", changed.dump());
+  data = Open()->tokenizer();
+  EXPECT_TRUE(data.add_bos);
+  EXPECT_EQ(Tokenizer::Make(data)->Encode("ab", true), (std::vector<int32_t>{1, 3, 4}));
+}
+
+TEST_F(HfModelTest, RefusesTokenizersItCannotServe) {
+  WriteModel();
+  const auto with = [&](const std::function<void(json&)>& change, const std::string& part) {
+    json tokenizer = TokenizerJson();
+    change(tokenizer);
+    Write("tokenizer.json", tokenizer.dump());
+    ExpectRefused(part);
+  };
+  with([](json& t) { t["model"]["type"] = "Unigram"; }, "Unigram");
+  with([](json& t) { t["model"]["vocab"]["zz"] = 11; }, "id 11");
+  with([](json& t) { t["model"]["vocab"]["zz"] = -1; }, "expected an id");
+  with([](json& t) { t["model"]["vocab"]["zz"] = ~uint64_t{0}; }, "model.vocab");
+  with([](json& t) { t["model"]["vocab"]["zz"] = 3; }, "id 3 is both");
+  with([](json& t) { t["model"]["merges"] = {1}; }, "merges");
+  with([](json& t) { t["normalizer"] = {{"type", "NFC"}}; }, "normalizer");
+  with([](json& t) { t["pre_tokenizer"] = {{"type", "Metaspace"}}; }, "pre_tokenizer");
+  with([](json& t) { t["pre_tokenizer"] = nullptr; }, "pre_tokenizer");
+  with([](json& t) { t["added_tokens"][0]["id"] = int64_t{1} << 40; }, "added_tokens");
+  with([](json& t) { t["added_tokens"][0]["lstrip"] = true; }, "lstrip");
+  Write("tokenizer.json", TokenizerJson().dump());
+  Write("generation_config.json", R"({"eos_token_id": 99})");
+  ExpectRefused("eos_token_id");
+}
+
+}  // namespace
+}  // namespace passel::model
