@@ -12,6 +12,7 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 constexpr size_t kMaxWaiting = 1024;
+constexpr uint64_t kMaxEarlyBytes = uint64_t{256} << 20;
 
 std::vector<std::byte> Serialize(const cluster::proto::Control& message) {
   std::vector<std::byte> out(message.ByteSizeLong());
@@ -98,9 +99,30 @@ void HostRank::OnFrame(const transport::FrameHeader& header, std::span<const std
 }
 
 void HostRank::OnKv(const transport::FrameHeader& header, std::span<const std::byte> payload) {
+  if (!TakeKv(header, payload)) {
+    if (early_bytes_ + payload.size() > kMaxEarlyBytes) return Drop(header, "too much comes early");
+    early_bytes_ += payload.size();
+    early_.push_back({header, {payload.begin(), payload.end()}});
+    return;
+  }
+  // What came early may fit now; every frame that does may make room for another.
+  for (bool again = true; again && !early_.empty();) {
+    again = std::erase_if(early_, [&](const EarlyKv& early) {
+              if (!TakeKv(early.header, early.payload)) return false;
+              early_bytes_ -= early.payload.size();
+              return true;
+            }) > 0;
+  }
+  RetryWaiting();
+}
+
+bool HostRank::TakeKv(const transport::FrameHeader& header, std::span<const std::byte> payload) {
   std::string why;
   const auto views = cluster::ParseKv(shape_, header.count, payload, &why);
-  if (!views) return Drop(header, why);
+  if (!views) {
+    Drop(header, why);
+    return true;
+  }
   for (const cluster::KvView& v : *views) {
     const host::AppendSpan span{RequestId(v.entry->request),
                                 header.layer,
@@ -110,12 +132,13 @@ void HostRank::OnKv(const transport::FrameHeader& header, std::span<const std::b
                                 v.rows.data(),
                                 v.codes.empty() ? nullptr : v.codes.data()};
     const host::Status status = attention_.Append(span);
+    if (status == host::Status::kMissingTokens) return false;
     // A released request's rows may still be under way; they are of no use to anyone.
     if (status != host::Status::kOk && status != host::Status::kUnknownRequest) {
       Drop(header, "K, V not taken (status " + std::to_string(static_cast<int>(status)) + ")");
     }
   }
-  RetryWaiting();
+  return true;
 }
 
 void HostRank::OnKeyMean(const transport::FrameHeader& header, std::span<const std::byte> payload) {
@@ -183,7 +206,11 @@ void HostRank::Start(std::shared_ptr<Query> query) {
   const transport::FrameHeader header = query->header;
   const host::Status status = attention_.Attend(
       std::move(batch), [this, query](const std::vector<host::PartialItem>& items) {
-        Reply(*query, items);
+        try {
+          Reply(*query, items);
+        } catch (const std::exception& e) {  // too large for a frame, or no memory for it
+          Drop(query->header, e.what());
+        }
         --in_flight_;
         channel_.Wake();
       });
@@ -238,7 +265,12 @@ void HostRank::OnControl(const transport::FrameHeader& header, std::span<const s
     const host::MemoryUsage usage = attention_.usage();
     peak_kv_ = std::max(peak_kv_, usage.kv_bytes);
     peak_tables_ = std::max(peak_tables_, usage.table_bytes);
-    attention_.Release(RequestId(message.release().request()));
+    const uint64_t request = message.release().request();
+    attention_.Release(RequestId(request));
+    std::erase_if(waiting_, [&](const std::shared_ptr<Query>& query) {
+      return std::any_of(query->views.begin(), query->views.end(),
+                         [&](const auto& view) { return view.entry->request == request; });
+    });
   } else if (message.has_stats_query()) {
     const host::MemoryUsage usage = attention_.usage();
     cluster::proto::Control reply;

@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cstdint>
 #include <deque>
+#include <list>
 #include <memory>
 #include <span>
 #include <string>
@@ -34,8 +35,17 @@ class HostRank {
     std::vector<cluster::QueryView> views;  // into payload
   };
 
+  // K and V that came before those of the tokens in front of them: a small frame may overtake a
+  // large one.
+  struct EarlyKv {
+    transport::FrameHeader header;
+    std::vector<std::byte> payload;
+  };
+
   void OnFrame(const transport::FrameHeader& header, std::span<const std::byte> payload);
   void OnKv(const transport::FrameHeader& header, std::span<const std::byte> payload);
+  // False where tokens in front are missing; appending again what is there does nothing.
+  bool TakeKv(const transport::FrameHeader& header, std::span<const std::byte> payload);
   void OnKeyMean(const transport::FrameHeader& header, std::span<const std::byte> payload);
   void OnQuery(const transport::FrameHeader& header, std::span<const std::byte> payload);
   void OnControl(const transport::FrameHeader& header, std::span<const std::byte> payload);
@@ -52,8 +62,10 @@ class HostRank {
   cluster::WireShape shape_;
   host::HostAttention attention_;
   std::deque<std::shared_ptr<Query>> waiting_;
+  std::list<EarlyKv> early_;
+  uint64_t early_bytes_ = 0;
   std::atomic<int> in_flight_ = 0;
-  uint64_t dropped_ = 0;
+  std::atomic<uint64_t> dropped_ = 0;
   uint64_t peak_kv_ = 0, peak_tables_ = 0;
   std::chrono::steady_clock::time_point heard_;
   std::chrono::steady_clock::time_point beat_;

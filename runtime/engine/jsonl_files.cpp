@@ -18,7 +18,17 @@ std::string Reason() { return std::strerror(errno); }
 
 bool Blank(const std::string& line) { return line.find_first_not_of(" \t\r") == std::string::npos; }
 
-// The custom_ids of the whole lines of an output file; `end` is the offset behind the last one.
+constexpr const char* kUsedBefore = " was used before; expected a different one for each request";
+
+// The message of an error line, "" for a result.
+std::string ErrorMessage(const nlohmann::json& line) {
+  const auto error = line.find("error");
+  if (error == line.end() || !error->is_object()) return "";
+  const auto message = error->find("message");
+  return message == error->end() || !message->is_string() ? "" : message->get<std::string>();
+}
+
+// What is done, by the whole lines of an output file; `end` is the offset behind the last one.
 std::unordered_set<std::string> ReadDone(const std::string& path, uint64_t* end) {
   std::unordered_set<std::string> done;
   std::ifstream file(path, std::ios::binary);
@@ -33,13 +43,19 @@ std::unordered_set<std::string> ReadDone(const std::string& path, uint64_t* end)
                                        ": not a result of ours; expected the output of the run to "
                                        "resume");
     }
-    done.insert(j["custom_id"].get<std::string>());
+    const auto id = j["custom_id"].get<std::string>();
+    const std::string message = ErrorMessage(j);
+    done.insert(message.ends_with(kUsedBefore) ? message : id);
     *end += line.size() + 1;
   }
   return done;
 }
 
 }  // namespace
+
+std::string DuplicateError(uint64_t line, const std::string& custom_id) {
+  return "line " + std::to_string(line) + ": custom_id \"" + custom_id + "\"" + kUsedBefore;
+}
 
 JsonlSource::JsonlSource(const std::string& path, const Tokenizer& tokenizer,
                          RequestDefaults defaults, std::unordered_set<std::string> done)
@@ -63,8 +79,8 @@ std::optional<Request> JsonlSource::Next() {
     --lines_total_;
     Request r = ParseRequest(text, line_, tokenizer_, defaults_);
     if (!seen_.insert(r.custom_id).second) {
-      r.error = "line " + std::to_string(line_) + ": custom_id \"" + r.custom_id +
-                "\" was used before; expected a different one for each request";
+      r.error = DuplicateError(line_, r.custom_id);
+      if (done_.contains(*r.error)) continue;
     } else if (done_.contains(r.custom_id)) {
       continue;
     }

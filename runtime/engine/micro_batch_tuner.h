@@ -27,7 +27,10 @@ class MicroBatchTuner {
     if (fixed_ > 0 || batch_ < 2 || micro_batches < 1 || micro_batches > 2) return;
     double& best = best_[micro_batches - 1];
     if (best == 0 || seconds < best) best = seconds;
-    if (++trial_ >= kRepeat) trial_ = 0;
+    if (++trial_ >= kRepeat) {  // contexts have grown since
+      trial_ = 0;
+      best_ = {};
+    }
   }
 
  private:

@@ -46,7 +46,7 @@ bool Flag(const json& body, const char* key) {
 std::optional<int64_t> Count(const json& body, const char* key, int64_t low) {
   const json* v = Find(body, key);
   if (!v) return std::nullopt;
-  const std::string expected = "a whole number of at least " + std::to_string(low);
+  const std::string expected = "a whole number from " + std::to_string(low) + " to 2^40";
   if (!v->is_number_integer()) Bad(key, expected);
   if (v->is_number_unsigned() && v->get<uint64_t>() > (uint64_t{1} << 40)) Bad(key, expected);
   if (v->get<int64_t>() < low) Bad(key, expected);
@@ -128,8 +128,9 @@ void FillBody(const json& body, const Tokenizer& tokenizer, const RequestDefault
   r->stop = StopStrings(body);
   r->sampling.temperature = Number(body, "temperature", 1.0, 0.0, 100.0, "a number from 0 to 100");
   r->sampling.top_p = Number(body, "top_p", 1.0, 1e-9, 1.0, "a number above 0, at most 1");
-  if (const auto seed = Count(body, "seed", 0)) {
-    r->sampling.seed = static_cast<uint64_t>(*seed);
+  if (const json* seed = Find(body, "seed")) {
+    if (!seed->is_number_integer()) Bad("seed", "a whole number of 64 bits");
+    r->sampling.seed = seed->get<uint64_t>();
   } else {
     r->sampling.seed = HashBytes(r->custom_id.data(), r->custom_id.size(),
                                  HashBytes(&defaults.seed, sizeof defaults.seed));

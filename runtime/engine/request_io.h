@@ -25,7 +25,8 @@ std::string FormatResult(const Request& request, const Result& result, const Tok
 std::string FormatError(const Request& request, int status, const std::string& message);
 
 // Requests of a JSONL file, read as they are asked for. Blank lines are skipped; a custom_id that
-// came before is that request's error; those in `done` are left out.
+// came before is that request's error; those in `done` (by custom_id, or DuplicateError) are left
+// out.
 class JsonlSource : public RequestSource {
  public:
   // Throws Error{kIo} where the file cannot be read.
@@ -47,12 +48,17 @@ class JsonlSource : public RequestSource {
   uint64_t lines_total_ = 0;
 };
 
+// The error of a custom_id that came before. It is also what a resumed run knows that error by: the
+// custom_id alone stands for the request that had it first.
+std::string DuplicateError(uint64_t line, const std::string& custom_id);
+
 // Results appended to a JSONL file, each flushed to disk before Done returns. The other sinks'
 // results are never rewritten.
 class JsonlSink : public ResultSink {
  public:
   // Opens `path`. A file with results in it is an error unless `resume`; then a torn last line is
-  // cut off and `done` receives the custom_ids that are there. Throws Error{kIo} naming the path.
+  // cut off and `done` receives what JsonlSource is to leave out. Throws Error{kIo} naming the
+  // path.
   JsonlSink(const std::string& path, bool resume, const Tokenizer& tokenizer,
             std::unordered_set<std::string>* done);
   ~JsonlSink() override;
