@@ -78,6 +78,7 @@ void SetUp(cluster::Launch& launch, const JobOptions& options, const WorkMaker& 
   engine::Job& job = rank->job;
   cluster::Machine machine;
   launch.Agree([&] {
+    if (!options.usage_error.empty()) throw Error(ErrorClass::kUsage, options.usage_error);
     job.config = cluster::LoadConfig(options.config_path, options.overrides);
     if (job.config.model().path().empty()) {
       throw Error(ErrorClass::kUsage,

@@ -21,6 +21,7 @@ struct JobOptions {
   std::string role;  // "", "model" or "host" (MPMD)
   std::string run_directory;
   bool dry_run = false;
+  std::string usage_error;  // what is wrong with this rank's command line; ends the job
 };
 
 // What rank 0 serves: requests, where results go, and what to do when all are done. Made on rank 0

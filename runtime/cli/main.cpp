@@ -3,7 +3,10 @@
 #include <spdlog/spdlog.h>
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
+#include <cstdlib>
 #include <iostream>
+#include <iterator>
 
 #include "runtime/base/error.h"
 #include "runtime/cli/attend/attend.h"
@@ -22,6 +25,13 @@ void AddJobOptions(CLI::App* app, JobOptions* options) {
   app->add_option("--role", options->role, "Role of this rank, for mpirun's MPMD form")
       ->check(CLI::IsMember({"model", "host"}));
   app->add_flag("--dry-run", options->dry_run, "Print the ranks and the config, run nothing");
+}
+
+// As the launchers of Open MPI, MPICH and Slurm tell their processes.
+bool StartedByMpirun() {
+  const char* const names[] = {"OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_RANK"};
+  return std::any_of(std::begin(names), std::end(names),
+                     [](const char* name) { return std::getenv(name) != nullptr; });
 }
 
 int Main(int argc, char** argv) {
@@ -59,8 +69,10 @@ int Main(int argc, char** argv) {
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& e) {
-    const int code = app.exit(e);
-    return code == 0 ? 0 : static_cast<int>(ErrorClass::kUsage);
+    if (e.get_exit_code() == 0) return app.exit(e);  // --help, --version
+    job.usage_error = std::string(e.what()) + "; see passel --help";
+    if (!StartedByMpirun()) throw Error(ErrorClass::kUsage, job.usage_error);
+    return RunJob(&argc, &argv, job, {});
   }
   if (*doctor) return RunDoctor(std::cout);
   if (*attend) return RunAttend(attend_args);
