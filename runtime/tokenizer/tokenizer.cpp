@@ -15,7 +15,8 @@ void Validate(const TokenizerData& data) {
     throw Error(ErrorClass::kModel, "tokenizer: " + what);
   };
   const size_t count = data.tokens.size();
-  if (count == 0 || count > static_cast<size_t>(std::numeric_limits<int32_t>::max())) {
+  if (count == 0) fail("the model has no tokenizer; expected tokenizer.json or GGUF metadata");
+  if (count > static_cast<size_t>(std::numeric_limits<int32_t>::max())) {
     fail(fmt::format("has {} tokens; expected 1 to 2^31 - 1", count));
   }
   if (data.types.size() != count) {

@@ -156,7 +156,7 @@ TEST(Tokenizer, RefusesDataItCannotServe) {
   data.add_bos = false;
   data.types.pop_back();
   ExpectModelError(data, "token types");
-  ExpectModelError(TokenizerData{}, "tokens");
+  ExpectModelError(TokenizerData{}, "no tokenizer");
 }
 
 }  // namespace
