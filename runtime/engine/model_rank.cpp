@@ -20,8 +20,9 @@ ModelRank::ModelRank(const Job& job, gpu::Device& device, const model::Transform
                                              std::move(on_control))
                 : nullptr),
       workspace_{job, device, transformer, link_.get(), job.layer_kinds()},
-      prefill_activations_(
-          transformer.MakeActivations(job.config.engine().prefill_chunk(), /*with_logits=*/true)) {
+      prefill_activations_(transformer.MakeActivations(job.config.engine().prefill_chunk(),
+                                                       /*with_logits=*/true,
+                                                       /*logit_rows=*/1)) {
   if (link_ && job.lsh()) {
     const config::Attention& a = job.config.attention();
     device.SetProjections(
@@ -174,8 +175,7 @@ void ModelRank::Prefill(uint64_t id, uint32_t steps, const LogitsHandler& logits
   Live& live = sequences_.at(id);
   // One request prefills at a time, so only one holds a layer's K and V of a whole prompt.
   if (!live.prefill) {
-    live.prefill =
-        std::make_unique<PrefillJob>(workspace_, *live.sequence, *prefill_activations_);
+    live.prefill = std::make_unique<PrefillJob>(workspace_, *live.sequence, *prefill_activations_);
   }
   for (uint32_t i = 0; i < steps && live.prefill;) {
     Pump(0);
