@@ -8,6 +8,7 @@
 #include <iostream>
 #include <iterator>
 
+#include "cluster/config.h"
 #include "runtime/base/error.h"
 #include "runtime/cli/attend/attend.h"
 #include "runtime/cli/bench.h"
@@ -25,6 +26,45 @@ void AddJobOptions(CLI::App* app, JobOptions* options) {
   app->add_option("--role", options->role, "Role of this rank, for mpirun's MPMD form")
       ->check(CLI::IsMember({"model", "host"}));
   app->add_flag("--dry-run", options->dry_run, "Print the ranks and the config, run nothing");
+}
+
+struct AttendOptions {
+  cli::AttendArgs args;
+  std::vector<std::string> overrides;
+};
+
+void AddAttendOptions(CLI::App* app, AttendOptions* options) {
+  cli::AttendArgs& a = options->args;
+  app->add_option("--q", a.q, "Queries, .npy [heads, d] float32")->required();
+  app->add_option("--k", a.k, "Keys, .npy [kv_heads, n, d] float32")->required();
+  app->add_option("--v", a.v, "Values, .npy [kv_heads, n, d] float32")->required();
+  app->add_option("--projections", a.projections, "SimHash projections, .npy [d, k*l] float32")
+      ->required();
+  app->add_option("--set", options->overrides, "Override a config field: a.b=c")->take_all();
+  app->add_option("--threads", a.threads, "Attention threads; 0: the affinity mask's");
+  app->add_option("--repeat", a.repeat, "Repetitions")->check(CLI::PositiveNumber);
+  app->add_flag("--cold", a.cold, "Flush the caches before each repetition");
+  app->add_option("--out", a.out, "Output, .npy [heads, d]");
+  app->add_option("--lse", a.lse, "Log-sum-exp, .npy [heads]");
+  app->add_option("--ids", a.ids, "Attended tokens, .npy, with .offsets.npy beside it");
+  app->add_flag("--json", a.json, "Print JSON");
+}
+
+int RunAttend(AttendOptions& options) {
+  const config::Config config = cluster::LoadConfig("", options.overrides);
+  engine::Job job;
+  job.config = config;
+  job.model.heads = job.model.kv_heads = 1;  // the files tell
+  const host::Options host = job.host_options(config.host().memory_bytes());
+  cli::AttendArgs& a = options.args;
+  a.estimator = host.estimator;
+  a.kv_type = host.kv_type;
+  a.bits = host.k;
+  a.tables = host.l;
+  a.block_tokens = host.block_tokens;
+  a.seed = host.seed;
+  a.memory_bytes = host.memory_bytes;
+  return cli::RunAttend(a);
 }
 
 // As the launchers of Open MPI, MPICH and Slurm tell their processes.
@@ -61,9 +101,9 @@ int Main(int argc, char** argv) {
   bench->add_option("-o,--output", bench_options.format, "Format of the table")
       ->check(CLI::IsMember({"md", "csv", "json"}));
 
-  AttendArgs attend_args;
+  AttendOptions attend_options;
   CLI::App* attend = app.add_subcommand("attend", "Host attention alone, on .npy files");
-  AddAttendOptions(attend, &attend_args);
+  AddAttendOptions(attend, &attend_options);
   CLI::App* doctor = app.add_subcommand("doctor", "What Passel finds on this machine");
 
   try {
@@ -75,7 +115,7 @@ int Main(int argc, char** argv) {
     return RunJob(&argc, &argv, job, {});
   }
   if (*doctor) return RunDoctor(std::cout);
-  if (*attend) return RunAttend(attend_args);
+  if (*attend) return RunAttend(attend_options);
   return RunJob(&argc, &argv, job, [&](const engine::Job& j, const Tokenizer& tokenizer) {
     if (*bench) return MakeBenchWork(bench_options, j, tokenizer);
     Work work;
