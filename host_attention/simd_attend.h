@@ -9,14 +9,16 @@ namespace {
 inline constexpr uint32_t kChunk = 2 * Simd::kLanes;
 inline constexpr int kTile = 16;  // rows scored together
 
+// The head size: known when compiled (kFixed > 0), so that loops over chunks unroll, or not.
+template <uint32_t kFixed>
 struct Shape {
-  uint32_t d = 0, chunks = 0, padded = 0;
-  bool half = false;  // the last chunk holds kLanes elements
+  uint32_t d, chunks, padded;
+  bool half;  // the last chunk holds kLanes elements
   explicit Shape(uint32_t head_dim)
-      : d(head_dim),
-        chunks((head_dim + kChunk - 1) / kChunk),
+      : d(kFixed > 0 ? kFixed : head_dim),
+        chunks((d + kChunk - 1) / kChunk),
         padded(chunks * kChunk),
-        half(head_dim % kChunk != 0) {}
+        half(d % kChunk != 0) {}
 };
 
 struct Bf16Rows {
@@ -24,8 +26,8 @@ struct Bf16Rows {
   struct Part {
     const std::byte* p;
   };
-  static Part K(const std::byte* row, const Shape&) { return {row}; }
-  static Part V(const std::byte* row, const Shape& s) { return {row + 2 * s.d}; }
+  static Part K(const std::byte* row, uint32_t) { return {row}; }
+  static Part V(const std::byte* row, uint32_t d) { return {row + 2 * d}; }
   static void Load(Part part, uint32_t chunk, bool half, F* a, F* b) {
     const std::byte* p = part.p + 2 * kChunk * chunk;
     if (half) {
@@ -47,8 +49,8 @@ struct Int8Rows {
     __builtin_memcpy(&scale, row + scale_at, sizeof(scale));
     return {row + values_at, Simd::Set1(scale)};
   }
-  static Part K(const std::byte* row, const Shape&) { return Get(row, 0, 8); }
-  static Part V(const std::byte* row, const Shape& s) { return Get(row, 4, 8 + s.d); }
+  static Part K(const std::byte* row, uint32_t) { return Get(row, 0, 8); }
+  static Part V(const std::byte* row, uint32_t d) { return Get(row, 4, 8 + d); }
   static void Load(const Part& part, uint32_t chunk, bool half, F* a, F* b) {
     const std::byte* p = part.p + kChunk * chunk;
     *a = Simd::Mul(Simd::LoadInt8(p), part.scale);
@@ -63,13 +65,13 @@ inline uint32_t ArrangedIndex(uint32_t j) {
   const uint32_t in = j % kChunk;
   return j - in + in / 2 + (in % 2) * Simd::kLanes;
 }
-template <class Rows>
-inline void Arrange(const float* x, const Shape& s, float* out) {
+template <class Rows, class S>
+inline void Arrange(const float* x, const S& s, float* out) {
   for (uint32_t j = 0; j < s.padded; ++j) out[j] = 0;
   for (uint32_t j = 0; j < s.d; ++j) out[ArrangedIndex<Rows>(j)] = x[j];
 }
-template <class Rows>
-inline void Restore(const float* arranged, const Shape& s, float* x) {
+template <class Rows, class S>
+inline void Restore(const float* arranged, const S& s, float* x) {
   for (uint32_t j = 0; j < s.d; ++j) x[j] = arranged[ArrangedIndex<Rows>(j)];
 }
 
@@ -81,52 +83,62 @@ inline void PrefetchBytes(const std::byte* p, size_t bytes) {
   for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch(p + at, 0, 3);
 }
 
+template <class S, class Body>
+inline __attribute__((always_inline)) void EachChunk(const S& s, const Body& body) {
+  const uint32_t whole = s.half ? s.chunks - 1 : s.chunks;
+#pragma GCC unroll 4
+  for (uint32_t c = 0; c < whole; ++c) body(c, false);
+  if (s.half) body(whole, true);
+}
+
 // Stores the sums of 16 accumulators.
 inline void StoreSums(const F* acc, float* out) {
   for (int i = 0; i < kTile; i += Simd::kLanes) Simd::Store(out + i, Simd::ReduceLanes(acc + i));
 }
 
 // dots[r·kHeads + h] = q_h·k_r for kTile / kHeads rows. q: [kHeads, padded], arranged.
-template <class Rows, int kHeads>
-inline void DotTile(const std::byte* const* rows, const Shape& s, const float* q, float* dots) {
+template <class Rows, int kHeads, class S>
+inline void DotTile(const std::byte* const* rows, const S& s, const float* q, float* dots) {
   constexpr int kRows = kTile / kHeads;
   F acc[kTile];
+#pragma GCC unroll 16
   for (F& a : acc) a = Simd::Zero();
   typename Rows::Part parts[kRows];
-  for (int r = 0; r < kRows; ++r) parts[r] = Rows::K(rows[r], s);
-  const auto chunk = [&](uint32_t c, bool half) {
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) parts[r] = Rows::K(rows[r], s.d);
+  const auto chunk = [&](uint32_t c, bool half) __attribute__((always_inline)) {
     F qa[kHeads], qb[kHeads];
+#pragma GCC unroll 16
     for (int h = 0; h < kHeads; ++h) {
       qa[h] = Simd::Load(q + h * s.padded + c * kChunk);
       qb[h] = Simd::Load(q + h * s.padded + c * kChunk + Simd::kLanes);
     }
+#pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
       F a, b;
       Rows::Load(parts[r], c, half, &a, &b);
+#pragma GCC unroll 16
       for (int h = 0; h < kHeads; ++h) {
         F& sum = acc[r * kHeads + h];
         sum = Simd::Fma(b, qb[h], Simd::Fma(a, qa[h], sum));
       }
     }
   };
-  const uint32_t whole = s.half ? s.chunks - 1 : s.chunks;
-  for (uint32_t c = 0; c < whole; ++c) chunk(c, false);
-  if (s.half) chunk(whole, true);
+  EachChunk(s, chunk);
   StoreSums(acc, dots);
 }
 
 // dots[r] = q·k_r and norms[r] = |k_r − mean|² of 16 rows; prefetches next[r]'s K on the way.
-template <class Rows>
+template <class Rows, class S>
 inline void DotNormTile(const std::byte* const* rows, const std::byte* const* next,
-                        size_t next_bytes, const Shape& s, const float* q, const float* mean,
+                        size_t next_bytes, const S& s, const float* q, const float* mean,
                         float* dots, float* norms) {
   F acc[kTile], squares[kTile];
-  const uint32_t whole = s.half ? s.chunks - 1 : s.chunks;
   for (int r = 0; r < kTile; ++r) {
     PrefetchBytes(next[r], next_bytes);
-    const typename Rows::Part part = Rows::K(rows[r], s);
+    const typename Rows::Part part = Rows::K(rows[r], s.d);
     F dot0 = Simd::Zero(), dot1 = dot0, square0 = dot0, square1 = dot0;
-    const auto chunk = [&](uint32_t c, bool half) {
+    const auto chunk = [&](uint32_t c, bool half) __attribute__((always_inline)) {
       F a, b;
       Rows::Load(part, c, half, &a, &b);
       dot0 = Simd::Fma(a, Simd::Load(q + c * kChunk), dot0);
@@ -136,8 +148,7 @@ inline void DotNormTile(const std::byte* const* rows, const std::byte* const* ne
       square0 = Simd::Fma(a, a, square0);
       square1 = Simd::Fma(b, b, square1);
     };
-    for (uint32_t c = 0; c < whole; ++c) chunk(c, false);
-    if (s.half) chunk(whole, true);
+    EachChunk(s, chunk);
     acc[r] = Simd::Add(dot0, dot1);
     squares[r] = Simd::Add(square0, square1);
   }
@@ -146,36 +157,38 @@ inline void DotNormTile(const std::byte* const* rows, const std::byte* const* ne
 }
 
 // num_h += Σ_r weights[h·stride + r] · v_r, r < count; num: [kHeads, padded], arranged.
-template <class Rows, int kHeads>
-inline void AddValues(const std::byte* const* rows, int count, const Shape& s, const float* weights,
+template <class Rows, int kHeads, class S>
+inline void AddValues(const std::byte* const* rows, int count, const S& s, const float* weights,
                       int stride, float* num) {
-  const auto chunk = [&](uint32_t c, bool half) {
+  const auto chunk = [&](uint32_t c, bool half) __attribute__((always_inline)) {
     F a[kHeads], b[kHeads];
+#pragma GCC unroll 16
     for (int h = 0; h < kHeads; ++h) {
       a[h] = Simd::Load(num + h * s.padded + c * kChunk);
       b[h] = Simd::Load(num + h * s.padded + c * kChunk + Simd::kLanes);
     }
     for (int r = 0; r < count; ++r) {
       F x, y;
-      Rows::Load(Rows::V(rows[r], s), c, half, &x, &y);
+      Rows::Load(Rows::V(rows[r], s.d), c, half, &x, &y);
+#pragma GCC unroll 16
       for (int h = 0; h < kHeads; ++h) {
         const F w = Simd::Set1(weights[h * stride + r]);
         a[h] = Simd::Fma(w, x, a[h]);
         b[h] = Simd::Fma(w, y, b[h]);
       }
     }
+#pragma GCC unroll 16
     for (int h = 0; h < kHeads; ++h) {
       Simd::Store(num + h * s.padded + c * kChunk, a[h]);
       Simd::Store(num + h * s.padded + c * kChunk + Simd::kLanes, b[h]);
     }
   };
-  const uint32_t whole = s.half ? s.chunks - 1 : s.chunks;
-  for (uint32_t c = 0; c < whole; ++c) chunk(c, false);
-  if (s.half) chunk(whole, true);
+  EachChunk(s, chunk);
 }
 
 // Raises a running maximum to `top`, rescaling den and num (arranged).
-inline void Raise(float top, const Shape& s, float* max, float* den, float* num) {
+template <class S>
+inline void Raise(float top, const S& s, float* max, float* den, float* num) {
   if (top <= *max) return;
   float lanes[Simd::kLanes];
   Simd::Store(lanes, Exp(Simd::Set1(*max - top)));
@@ -187,10 +200,10 @@ inline void Raise(float top, const Shape& s, float* max, float* den, float* num)
   }
 }
 
-template <class Rows>
+template <class Rows, uint32_t kFixed>
 void AttendListOf(const RowsView& rows, const uint32_t* ids, size_t count, const float* q,
                   const Weighting& weighting, float* work, PartialRef partial) {
-  const Shape s(rows.head_dim);
+  const Shape<kFixed> s(rows.head_dim);
   float* qa = Aligned(work);
   float* mean = qa + s.padded;
   float* num = mean + s.padded;
@@ -259,8 +272,8 @@ void AttendListOf(const RowsView& rows, const uint32_t* ids, size_t count, const
 }
 
 // One tile of ≤ 32 rows for kHeads heads; the state is arranged.
-template <class Rows, int kHeads>
-inline void DenseTile(const std::byte* const* rows, int valid, const Shape& s, const float* q,
+template <class Rows, int kHeads, class S>
+inline void DenseTile(const std::byte* const* rows, int valid, const S& s, const float* q,
                       float scale, float* max, float* den, float* num, float* weights) {
   constexpr int kRows = kTile / kHeads;
   alignas(64) float dots[kTile];
@@ -291,10 +304,10 @@ inline void DenseTile(const std::byte* const* rows, int valid, const Shape& s, c
   AddValues<Rows, kHeads>(rows, valid, s, weights, 2 * kTile, num);
 }
 
-template <class Rows>
+template <class Rows, uint32_t kFixed>
 void AttendDenseOf(const RowsView& rows, size_t first, size_t count, const float* q, uint32_t heads,
                    float* work, float* max, float* den, float* num) {
-  const Shape s(rows.head_dim);
+  const Shape<kFixed> s(rows.head_dim);
   float* qa = Aligned(work);
   float* sums = qa + size_t{heads} * s.padded;
   float* weights = sums + size_t{heads} * s.padded;
@@ -305,13 +318,13 @@ void AttendDenseOf(const RowsView& rows, size_t first, size_t count, const float
   float lanes[Simd::kLanes];
   Simd::Store(lanes, Simd::Sqrt(Simd::Set1(static_cast<float>(s.d))));
   const float scale = 1.0f / lanes[0];
+  // No software prefetch: rows are read in order, which the hardware's prefetchers do better.
   const std::byte* tile[2 * kTile];
   for (size_t at = 0; at < count; at += 2 * kTile) {
     const int valid = static_cast<int>(count - at < 2 * kTile ? count - at : 2 * kTile);
     for (int r = 0; r < 2 * kTile; ++r) {
       const size_t i = first + at + static_cast<size_t>(r < valid ? r : valid - 1);
       tile[r] = rows.data + i * rows.stride;
-      PrefetchBytes(tile[r] + 2 * kTile * rows.stride, rows.stride);
     }
     uint32_t h = 0;
     const auto run = [&]<int kHeads>() {
@@ -326,10 +339,10 @@ void AttendDenseOf(const RowsView& rows, size_t first, size_t count, const float
   for (size_t h = 0; h < heads; ++h) Restore<Rows>(sums + h * s.padded, s, num + h * s.d);
 }
 
-template <class Rows>
+template <class Rows, uint32_t kFixed>
 void ScoresOf(const RowsView& rows, size_t first, size_t count, const float* q, float* work,
               float* scores) {
-  const Shape s(rows.head_dim);
+  const Shape<kFixed> s(rows.head_dim);
   float* qa = Aligned(work);
   Arrange<Rows>(q, s, qa);
   float lanes[Simd::kLanes];

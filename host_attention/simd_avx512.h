@@ -47,10 +47,12 @@ struct Simd {
   // Lane i of the result is the sum of the lanes of v[i].
   static F ReduceLanes(const F* v) {
     F a[8], b[4];
+#pragma GCC unroll 16
     for (int i = 0; i < 8; ++i) {
       a[i] = Add(_mm512_shuffle_f32x4(v[i], v[i + 8], 0x44),
                  _mm512_shuffle_f32x4(v[i], v[i + 8], 0xee));
     }
+#pragma GCC unroll 16
     for (int i = 0; i < 4; ++i) {
       b[i] = Add(_mm512_shuffle_f32x4(a[i], a[i + 4], 0x88),
                  _mm512_shuffle_f32x4(a[i], a[i + 4], 0xdd));

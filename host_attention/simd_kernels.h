@@ -4,31 +4,45 @@
 namespace passel::host {
 namespace {
 
+// Calls body<Rows, head_dim or 0>() for the row type and head size; common sizes are compiled in.
+template <class Body>
+inline void Dispatch(const RowsView& rows, const Body& body) {
+  const auto by_size = [&]<class Rows>() {
+    switch (rows.head_dim) {
+      case 64:
+        return body.template operator()<Rows, 64>();
+      case 128:
+        return body.template operator()<Rows, 128>();
+      default:
+        return body.template operator()<Rows, 0>();
+    }
+  };
+  if (rows.type == KvType::kBf16) {
+    by_size.template operator()<Bf16Rows>();
+  } else {
+    by_size.template operator()<Int8Rows>();
+  }
+}
+
 void AttendList(const RowsView& rows, const uint32_t* ids, size_t count, const float* q,
                 const Weighting& weighting, float* work, PartialRef partial) {
-  if (rows.type == KvType::kBf16) {
-    AttendListOf<Bf16Rows>(rows, ids, count, q, weighting, work, partial);
-  } else {
-    AttendListOf<Int8Rows>(rows, ids, count, q, weighting, work, partial);
-  }
+  Dispatch(rows, [&]<class Rows, uint32_t kFixed>() {
+    AttendListOf<Rows, kFixed>(rows, ids, count, q, weighting, work, partial);
+  });
 }
 
 void AttendDense(const RowsView& rows, size_t first, size_t count, const float* q, uint32_t heads,
                  float* work, float* max, float* den, float* num) {
-  if (rows.type == KvType::kBf16) {
-    AttendDenseOf<Bf16Rows>(rows, first, count, q, heads, work, max, den, num);
-  } else {
-    AttendDenseOf<Int8Rows>(rows, first, count, q, heads, work, max, den, num);
-  }
+  Dispatch(rows, [&]<class Rows, uint32_t kFixed>() {
+    AttendDenseOf<Rows, kFixed>(rows, first, count, q, heads, work, max, den, num);
+  });
 }
 
 void Scores(const RowsView& rows, size_t first, size_t count, const float* q, float* work,
             float* scores) {
-  if (rows.type == KvType::kBf16) {
-    ScoresOf<Bf16Rows>(rows, first, count, q, work, scores);
-  } else {
-    ScoresOf<Int8Rows>(rows, first, count, q, work, scores);
-  }
+  Dispatch(rows, [&]<class Rows, uint32_t kFixed>() {
+    ScoresOf<Rows, kFixed>(rows, first, count, q, work, scores);
+  });
 }
 
 void InclusionOf(const float* cosines, size_t count, uint32_t k, uint32_t l, float* u) {
