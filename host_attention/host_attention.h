@@ -133,8 +133,8 @@ struct MemoryUsage {
 };
 
 // The KV cache, LSH tables and attention of one host rank. Open, SetMean, Append, Release and
-// Attend are called by one thread; the work of Attend and of sealing and merging runs on a TBB
-// arena of `threads` threads. Hot calls return a status and never throw.
+// Attend are called by one thread; the work of Attend and of sealing and merging runs on `threads`
+// threads of its own. Hot calls return a status and never throw.
 class HostAttention {
  public:
   explicit HostAttention(const Options& options);
@@ -151,7 +151,7 @@ class HostAttention {
   // Whether a query for this many tokens can be answered now (all rows of this host's segments
   // below it are there; sealing, where due, is waited for inside Attend).
   bool Ready(RequestId request, uint32_t layer, uint32_t kv_head, uint64_t offloaded_tokens) const;
-  // Starts; `done` runs on a thread of the arena. The batch's q and codes are valid until then.
+  // Starts; `done` runs on one of those threads. The batch's q and codes are valid until then.
   Status Attend(AttendBatch batch, std::function<void(std::vector<PartialItem>)> done);
   // Also while queries of the request run: memory goes when they are done.
   void Release(RequestId request);

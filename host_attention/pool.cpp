@@ -2,13 +2,9 @@
 
 #include <hwloc.h>
 #include <sched.h>
-#include <tbb/global_control.h>
-#include <tbb/task_arena.h>
-#include <tbb/task_scheduler_observer.h>
 
 #include <algorithm>
 #include <atomic>
-#include <thread>
 #include <utility>
 #include <vector>
 
@@ -63,33 +59,7 @@ class Cores {
   std::vector<unsigned> units_;
 };
 
-class Pinner : public tbb::task_scheduler_observer {
- public:
-  explicit Pinner(tbb::task_arena& arena) : tbb::task_scheduler_observer(arena) { observe(true); }
-  ~Pinner() override { observe(false); }
-  void on_scheduler_entry(bool is_worker) override {
-    const int slot = tbb::this_task_arena::current_thread_index();
-    if (is_worker && slot >= 0) cores_.Bind(static_cast<size_t>(slot));
-  }
-
- private:
-  Cores cores_;
-};
-
 }  // namespace
-
-struct Pool::Arena {
-  Arena(uint32_t threads, bool pin)
-      // TBB keeps one worker fewer than this, for a main thread that never joins here.
-      : parallelism(tbb::global_control::max_allowed_parallelism, size_t{threads} + 1),
-        arena(static_cast<int>(threads), 0) {
-    arena.initialize();
-    if (pin) pinner = std::make_unique<Pinner>(arena);
-  }
-  tbb::global_control parallelism;
-  tbb::task_arena arena;
-  std::unique_ptr<Pinner> pinner;
-};
 
 struct Pool::Loop {
   size_t units = 0;
@@ -99,13 +69,21 @@ struct Pool::Loop {
   std::atomic<size_t> left{0};
 };
 
-Pool::Pool(uint32_t threads, bool pin)
-    : threads_(threads == 0 ? MaskThreads() : threads),
-      arena_(std::make_unique<Arena>(threads_, pin)) {}
+Pool::Pool(uint32_t threads, bool pin) : threads_(threads == 0 ? MaskThreads() : threads) {
+  const auto cores = pin ? std::make_shared<const Cores>() : nullptr;
+  for (uint32_t i = 0; i < threads_; ++i) {
+    workers_.emplace_back([this, cores, i] {
+      if (cores != nullptr) cores->Bind(i);
+      Work();
+    });
+  }
+}
 
 Pool::~Pool() {
   std::unique_lock lock(mutex_);
   idle_.wait(lock, [this] { return unfinished_ == 0; });
+  stopping_ = true;
+  posted_.notify_all();
 }
 
 void Pool::Post(Lane lane, std::function<void()> job) {
@@ -114,22 +92,24 @@ void Pool::Post(Lane lane, std::function<void()> job) {
     ++unfinished_;
     (lane == Lane::kForeground ? foreground_ : background_).push_back(std::move(job));
   }
-  // Every arena task takes the most urgent job there is, not necessarily the one posted with it.
-  arena_->arena.enqueue([this] { RunOne(); });
+  posted_.notify_one();
 }
 
-void Pool::RunOne() {
-  std::function<void()> job;
-  {
-    const std::lock_guard lock(mutex_);
+void Pool::Work() {
+  std::unique_lock lock(mutex_);
+  for (;;) {
+    posted_.wait(lock,
+                 [this] { return stopping_ || !foreground_.empty() || !background_.empty(); });
+    if (foreground_.empty() && background_.empty()) return;
     auto& queue = foreground_.empty() ? background_ : foreground_;
-    job = std::move(queue.front());
+    std::function<void()> job = std::move(queue.front());
     queue.pop_front();
+    lock.unlock();
+    job();
+    job = nullptr;  // what it held goes before the pool counts as idle
+    lock.lock();
+    if (--unfinished_ == 0) idle_.notify_all();
   }
-  job();
-  job = nullptr;  // what it held goes before the pool counts as idle
-  const std::lock_guard lock(mutex_);
-  if (--unfinished_ == 0) idle_.notify_all();
 }
 
 void Pool::ForEach(Lane lane, size_t units, std::function<void(size_t)> unit,

@@ -7,12 +7,14 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <thread>
+#include <vector>
 
 namespace passel::host {
 
-// The worker threads of one host rank: a TBB arena of its own, with two queues in front. Foreground
-// jobs (queries) go before background ones (sealing, merging), which are cut into short slices, so
-// that a query waits for one slice a thread at most.
+// The worker threads of one host rank, with two queues. Foreground jobs (queries) go before
+// background ones (sealing, merging), which are cut into short slices, so that a query waits for
+// one slice a thread at most. (A TBB arena has no such order between its tasks.)
 class Pool {
  public:
   // threads: 0 means the affinity mask's; pin: one core each (hwloc).
@@ -32,17 +34,17 @@ class Pool {
                std::function<void()> finish);
 
  private:
-  struct Arena;
   struct Loop;
-  void RunOne();
+  void Work();
   void RunLoop(Lane lane, const std::shared_ptr<Loop>& loop);
 
   uint32_t threads_;
   std::mutex mutex_;
-  std::condition_variable idle_;
+  std::condition_variable posted_, idle_;
   std::deque<std::function<void()>> foreground_, background_;
-  size_t unfinished_ = 0;
-  std::unique_ptr<Arena> arena_;
+  size_t unfinished_ = 0;  // jobs queued or running
+  bool stopping_ = false;
+  std::vector<std::jthread> workers_;
 };
 
 }  // namespace passel::host
