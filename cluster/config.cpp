@@ -33,10 +33,11 @@ using Origins = std::map<std::string, std::string, std::less<>>;
 // Keeps the first error, in the user's terms; later ones tend to follow from it.
 class FirstError : public google::protobuf::io::ErrorCollector {
  public:
-  explicit FirstError(std::string path) : path_(std::move(path)) {}
+  FirstError(std::string path, std::string_view text) : path_(std::move(path)), text_(text) {}
   void AddError(int line, google::protobuf::io::ColumnNumber column,
                 const std::string& message) override {
     if (!first_.empty()) return;
+    if (message.find("Unknown enumeration value") == 0) FindValue(message, &line, &column);
     const std::string where =
         line < 0 ? path_ : fmt::format("{}:{}:{}", path_, line + 1, column + 1);
     first_ = where + ": " + message + Hint(message);
@@ -70,7 +71,22 @@ class FirstError : public google::protobuf::io::ErrorCollector {
     return "";
   }
 
+  // The parser places a value of no enum at the token that follows; this finds the value itself.
+  void FindValue(const std::string& message, int* line, int* column) const {
+    const size_t begin = message.find('"') + 1;
+    const std::string value = message.substr(begin, message.find('"', begin) - begin);
+    size_t end = 0;  // of the text in front of that token
+    for (int i = 0; i < *line && end < text_.size(); ++i) end = text_.find('\n', end) + 1;
+    end = std::min(end + static_cast<size_t>(std::max(*column, 0)), text_.size());
+    const size_t at = text_.substr(0, end).rfind(value);
+    if (at == std::string_view::npos) return;
+    const std::string_view before = text_.substr(0, at);
+    *line = static_cast<int>(std::count(before.begin(), before.end(), '\n'));
+    *column = static_cast<int>(at - (before.rfind('\n') + 1));
+  }
+
   std::string path_;
+  std::string_view text_;
   std::string first_;
 };
 
@@ -87,7 +103,7 @@ std::string ReadFile(const std::string& path) {
 
 void ParseFile(const std::string& path, config::Config& config, Origins& origins) {
   const std::string text = ReadFile(path);
-  FirstError errors(path);
+  FirstError errors(path, text);
   TextFormat::ParseInfoTree places;
   TextFormat::Parser parser;
   parser.RecordErrorsTo(&errors);
