@@ -1,0 +1,118 @@
+// What host ranks answer leads to the tokens that the model rank alone finds.
+#include <gtest/gtest.h>
+
+#include "tests/e2e/token_checks.h"
+
+namespace passel::e2e {
+namespace {
+
+using nlohmann::json;
+
+// Bound on the error of a log-probability between two orders of summation over bf16 caches and
+// matmuls.
+constexpr double kError = 0.1;
+constexpr int kTokens = 48;
+
+class Tokens : public testing::Test {
+ protected:
+  void SetUp() override {
+    if (!TestModel()) GTEST_SKIP() << "the test model is absent";
+    for (int i = 0; i < 4; ++i) {
+      requests_.push_back(Greedy(Numbered("r", i), Prose(22 + 7 * i, i), kTokens));
+    }
+  }
+
+  JobResult ModelRankAlone() {
+    Job job;
+    job.requests = requests_;
+    job.name = "alone";
+    return RunJobOk(directory_, job);
+  }
+
+  // Holds every request of `result` to `baseline` and asks for enough common positions.
+  void ExpectSame(const JobResult& baseline, const JobResult& result) {
+    int compared = 0;
+    double error = 0;
+    for (const json& request : requests_) {
+      const std::string id = request["custom_id"];
+      SCOPED_TRACE(id);
+      const Agreement a = ExpectSameTokens(baseline.Choice(id), result.Choice(id), kError);
+      compared += a.compared;
+      error = std::max(error, a.largest_error);
+    }
+    // Forks at close calls are rare; behind one nothing can be compared.
+    EXPECT_GE(compared, kTokens * static_cast<int>(requests_.size()) / 2);
+    RecordProperty("compared", compared);
+    RecordProperty("largest_error", std::to_string(error));
+  }
+
+  TempDirectory directory_;
+  std::vector<json> requests_;
+};
+
+TEST_F(Tokens, FullOnHostsGivesThoseOfTheModelRankAlone) {
+  const JobResult alone = ModelRankAlone();
+  Job job;
+  job.requests = requests_;
+  job.hosts = 2;
+  job.settings = AllThroughHosts("FULL");
+  ExpectSame(alone, RunJobOk(directory_, job));
+
+  // Dense layers (0 and 16 of 30) on the hosts, exact like the others.
+  job.name = "dense_on_hosts";
+  job.settings = {"attention.estimator=FULL", "attention.exact_below=0", "attention.dense_kv=HOST",
+                  "host.block_tokens=256"};
+  ExpectSame(alone, RunJobOk(directory_, job));
+
+  // Dense layers on the model rank, the others on hosts.
+  job.name = "dense_on_model_rank";
+  job.settings = {"attention.estimator=FULL", "attention.exact_below=0", "host.block_tokens=256"};
+  ExpectSame(alone, RunJobOk(directory_, job));
+}
+
+TEST_F(Tokens, RolesByNameGiveThoseOfTheModelRankAlone) {
+  const JobResult alone = ModelRankAlone();
+  Job job;
+  job.requests = requests_;
+  job.hosts = 2;
+  job.mpmd = true;
+  job.settings = AllThroughHosts("FULL");
+  const JobResult result = RunJobOk(directory_, job);
+  ExpectSame(alone, result);
+  const json ranks = json::parse(ReadFile(directory_.File("run/ranks.json")));
+  ASSERT_EQ(ranks.size(), 3U);
+  EXPECT_EQ(ranks[0]["role"], "model");
+  EXPECT_EQ(ranks[1]["role"], "host");
+  EXPECT_EQ(ranks[2]["role"], "host");
+}
+
+TEST_F(Tokens, TwoModelRanksGiveThoseOfOne) {
+  const JobResult alone = ModelRankAlone();
+  Job job;
+  job.requests = requests_;
+  job.model_ranks = 2;
+  job.hosts = 2;
+  job.settings = AllThroughHosts("FULL");
+  ExpectSame(alone, RunJobOk(directory_, job));
+}
+
+TEST_F(Tokens, LshSamplesAFewTokensAndGenerates) {
+  Job job;
+  job.requests = requests_;
+  job.hosts = 2;
+  job.settings = AllThroughHosts("LSH");
+  const JobResult result = RunJobOk(directory_, job);
+  for (const json& request : requests_) {
+    const std::string id = request["custom_id"];
+    EXPECT_EQ(result.Choice(id)["token_ids"].size(), static_cast<size_t>(kTokens));
+    EXPECT_FALSE(result.Choice(id)["text"].get<std::string>().empty());
+    const double fraction = result.Usage(id)["sampled_fraction"];
+    EXPECT_GT(fraction, 0.0);
+    EXPECT_LT(fraction, 0.5);
+  }
+  EXPECT_GT(result.summary["sampled_fraction"], 0.0);
+  EXPECT_LT(result.summary["sampled_fraction"], 0.5);
+}
+
+}  // namespace
+}  // namespace passel::e2e
