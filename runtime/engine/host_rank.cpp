@@ -48,13 +48,20 @@ int HostRank::Run() {
   const auto timeout = std::chrono::duration<double>(job_.config.cluster().failure_timeout_s());
   const RankId leader{0};
   heard_ = beat_ = Clock::now();  // the weights' loading does not count
+  auto looked = heard_;
   while (!stop_) {
     if (!channel_.Progress()) channel_.Wait(std::chrono::milliseconds(100));
     const auto now = Clock::now();
+    // This process stood still (SIGSTOP, a debugger): nobody could be heard in that time.
+    if (now - looked > std::chrono::seconds(1)) heard_ += now - looked;
+    looked = now;
     if (now - heard_ > timeout) {
       while (in_flight_ > 0) channel_.Wait(std::chrono::milliseconds(1));
-      throw Error(ErrorClass::kCluster,
-                  "host rank " + std::to_string(job_.self.value) + ": model rank 0 is gone");
+      const std::string what =
+          "host rank " + std::to_string(job_.self.value) + ": model rank 0 is gone";
+      // Every host rank sees the same; one says so.
+      if (job_.info().index > 0) throw cluster::SilentError(ErrorClass::kCluster, what);
+      throw Error(ErrorClass::kCluster, what);
     }
     if (now - beat_ > timeout / 4) {
       beat_ = now;
