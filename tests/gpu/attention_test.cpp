@@ -78,7 +78,7 @@ TEST_P(CausalAttention, EqualsFloat64) {
   const auto v = RoundToBf16(RandomFloats(random, (c.start + c.n) * kv_cols));
   std::vector<float> first;
   for (const int32_t threads : {1, 2}) {
-    const auto device = MakeCpuDevice({.threads = threads});
+    const auto device = MakeTestDevice({.threads = threads});
     const auto y = RunCausal(*device, c, q, k, v, DType::kF32);
     if (threads == 2) {
       EXPECT_TRUE(SameBits(y, first));
@@ -116,7 +116,7 @@ TEST(CausalAttentionOut, IsRoundedToTheActivationType) {
   Random random(3);
   const auto q = RandomFloats(random, c.n * 192), k = RandomFloats(random, (c.start + c.n) * 64),
              v = RandomFloats(random, (c.start + c.n) * 64);
-  const auto device = MakeCpuDevice({.threads = 2});
+  const auto device = MakeTestDevice({.threads = 2});
   const auto exact = RunCausal(*device, c, q, k, v, DType::kF32);
   const auto rounded = RunCausal(*device, c, q, k, v, device->activation_type());
   EXPECT_EQ(rounded, device->activation_type() == DType::kBf16 ? RoundToBf16(exact) : exact);
@@ -194,7 +194,7 @@ class DecodeAttention : public testing::TestWithParam<std::tuple<int32_t, int32_
 };
 
 TEST_P(DecodeAttention, EqualsFloat64) {
-  const auto device = MakeCpuDevice({.threads = 2});
+  const auto device = MakeTestDevice({.threads = 2});
   Fill(*device);
   const Result r = Run(*device, {0, 1, 2, 3, 4, 5});
   const int64_t dim = shape_.head_dim;
@@ -221,7 +221,7 @@ TEST_P(DecodeAttention, EqualsFloat64) {
 }
 
 TEST_P(DecodeAttention, BitsDependOnNeitherBatchNorThreads) {
-  const auto one = MakeCpuDevice({.threads = 1}), two = MakeCpuDevice({.threads = 2});
+  const auto one = MakeTestDevice({.threads = 1}), two = MakeTestDevice({.threads = 2});
   Fill(*one);
   Fill(*two);
   const Result all = Run(*one, {0, 1, 2, 3, 4, 5});
@@ -237,7 +237,7 @@ TEST_P(DecodeAttention, BitsDependOnNeitherBatchNorThreads) {
 }
 
 TEST_P(DecodeAttention, StoredRowsAreReadBack) {
-  const auto device = MakeCpuDevice({.threads = 1});
+  const auto device = MakeTestDevice({.threads = 1});
   Fill(*device);
   const int64_t cols = shape_.kv_heads * shape_.head_dim;
   const std::vector<int64_t> slots = {1499, 0, 63, 64};

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <memory>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "gpu/device.h"
@@ -11,6 +12,10 @@
 #include "runtime/base/random.h"
 
 namespace passel::gpu {
+
+// The device under test: the same tests are linked with cpu_backend.cpp and with cuda_backend.cpp.
+std::unique_ptr<Device> MakeTestDevice(const DeviceOptions& options);
+std::string TestBackend();
 
 // A matrix in device memory that tests fill and read as floats. `gap`: unused elements after a row.
 class DeviceMatrix {

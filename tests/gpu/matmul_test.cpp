@@ -10,7 +10,7 @@ namespace passel::gpu {
 namespace {
 
 std::unique_ptr<Device> MakeDevice(bool deterministic, int32_t threads) {
-  return MakeCpuDevice({.threads = threads, .deterministic = deterministic});
+  return MakeTestDevice({.threads = threads, .deterministic = deterministic});
 }
 
 // Rows [0, n) of x times wᵀ on the device.
@@ -124,7 +124,7 @@ TEST(Embed, ReadsTheRowsOfALinearAndOfATable) {
 }
 
 TEST(Memory, IsCountedAndRefusedBeyondTheLimit) {
-  const auto device = MakeCpuDevice({.memory_limit_bytes = 1 << 20, .threads = 1});
+  const auto device = MakeTestDevice({.memory_limit_bytes = 1 << 20, .threads = 1});
   EXPECT_EQ(device->info().memory_bytes, uint64_t{1} << 20);
   EXPECT_EQ(device->allocated_bytes(), 0u);
   auto half = device->Allocate(1 << 19);

@@ -13,7 +13,7 @@ namespace {
 constexpr int64_t kRows[] = {1, 7, 40};
 constexpr int64_t kCols[] = {3, 64, 577};
 
-std::unique_ptr<Device> MakeDevice() { return MakeCpuDevice({.threads = 2}); }
+std::unique_ptr<Device> MakeDevice() { return MakeTestDevice({.threads = 2}); }
 
 size_t At(int64_t i, int64_t j, int64_t cols) { return static_cast<size_t>(i * cols + j); }
 
@@ -282,7 +282,7 @@ TEST(Partials, MergeByRowAndHeadAndNormalize) {
 }
 
 TEST(Backends, SayWhatTheyAre) {
-  EXPECT_EQ(MakeDevice()->info().backend, "CPU");
+  EXPECT_EQ(MakeDevice()->info().backend, TestBackend());
   std::string why;
   const bool has_cuda = MakeCudaDevice({}, &why) != nullptr;
   EXPECT_EQ(why.empty(), has_cuda);

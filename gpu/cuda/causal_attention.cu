@@ -1,0 +1,263 @@
+// Causal attention of prefill chunks on the matrix units, in the manner of FlashAttention-2 (Dao
+// 2023): a block takes 64 queries of a head, 16 a warp, and walks the keys in tiles of 64 with an
+// online softmax. Q and the weights of V are rounded to bf16; sums are float32. Tiles of keys lie
+// at multiples of 64, so a row's bits do not depend on how the prompt was cut into chunks.
+
+#include "gpu/cuda/device_math.cuh"
+#include "gpu/cuda/kernels.h"
+
+namespace passel::gpu::cuda {
+namespace {
+
+constexpr int kQueries = 64;
+constexpr int kKeys = 64;
+constexpr int kThreads = 128;
+
+struct CausalArgs {
+  AttentionShape shape;
+  Tensor q, k, v, out;
+  int64_t start, window;
+};
+
+__device__ inline uint32_t SharedAddress(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// Asynchronous copy of 16 bytes to shared memory; zeros where `inside` is false.
+__device__ inline void CopyAsync16(void* shared, const void* global, bool inside) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(SharedAddress(shared)),
+               "l"(global), "r"(inside ? 16 : 0));
+}
+__device__ inline void CommitCopies() { asm volatile("cp.async.commit_group;"); }
+template <int kPending>
+__device__ inline void WaitForCopies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Four 8×8 tiles; lane l names row l % 8 of tile l / 8.
+__device__ inline void LoadTiles(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(SharedAddress(row))
+               : "memory");
+}
+__device__ inline void LoadTilesTransposed(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(SharedAddress(row))
+               : "memory");
+}
+
+// c: [16, 8] += a: [16, 16] · b: [16, 8].
+__device__ inline void MultiplyAdd(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                                   uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ inline uint32_t PackBf16(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+// Shared memory of a block: rows padded by 16 bytes, so that ldmatrix meets no bank twice.
+template <int kDim>
+struct Layout {
+  static constexpr int kStages = kDim <= 128 ? 2 : 1;
+  static constexpr int kStride = kDim + 8;
+  static constexpr size_t kBytes =
+      sizeof(__nv_bfloat16) * kStride * (kQueries + kStages * 2 * kKeys);
+};
+
+// Keys [first, first + kKeys) of one KV head to shared memory; zeros beyond `end` and head_dim.
+template <int kDim>
+__device__ inline void LoadKeys(__nv_bfloat16* shared, const Tensor& t, int64_t first, int64_t end,
+                                int64_t col, int32_t head_dim) {
+  constexpr int kChunks = kDim / 8;
+  const auto* base = static_cast<const __nv_bfloat16*>(t.data);
+#pragma unroll
+  for (int i = threadIdx.x; i < kKeys * kChunks; i += kThreads) {
+    const int row = i / kChunks, chunk = i % kChunks * 8;
+    const bool inside = first + row < end && chunk < head_dim;
+    CopyAsync16(shared + row * Layout<kDim>::kStride + chunk,
+                inside ? base + (first + row) * t.stride + col + chunk : base, inside);
+  }
+}
+
+// kDim: head_dim, padded.
+template <int kDim>
+__global__ void __launch_bounds__(kThreads) CausalKernel(CausalArgs a) {
+  constexpr int kStride = Layout<kDim>::kStride, kStages = Layout<kDim>::kStages;
+  extern __shared__ __align__(16) __nv_bfloat16 shared[];
+  __nv_bfloat16* q_tile = shared;
+  __nv_bfloat16* k_tiles = q_tile + kQueries * kStride;
+  __nv_bfloat16* v_tiles = k_tiles + kStages * kKeys * kStride;
+
+  const int32_t head_dim = a.shape.head_dim;
+  const int32_t head = static_cast<int32_t>(blockIdx.y);
+  const int64_t q_col = int64_t{head} * head_dim;
+  const int64_t kv_col = int64_t{head / (a.shape.heads / a.shape.kv_heads)} * head_dim;
+  // The longest rows first: what is left over at the end is short.
+  const int64_t first = int64_t{gridDim.x - 1 - blockIdx.x} * kQueries;
+  const int64_t last = min(first + kQueries, a.q.rows) - 1;
+  const int64_t key_end = a.start + a.q.rows;
+  const int64_t first_seen = a.window > 0 ? max(int64_t{0}, a.start + first + 1 - a.window) : 0;
+  const int64_t tile_begin = first_seen / kKeys;
+  const int64_t tile_end = (a.start + last) / kKeys + 1;
+
+  for (int i = threadIdx.x; i < kQueries * kDim; i += kThreads) {
+    const int row = i / kDim, col = i % kDim;
+    const bool inside = first + row < a.q.rows && col < head_dim;
+    q_tile[row * kStride + col] =
+        __float2bfloat16_rn(inside ? F32Row(a.q, first + row)[q_col + col] : 0.0f);
+  }
+  const auto load = [&](int64_t tile) {
+    const int64_t stage = tile % kStages * kKeys * kStride;
+    LoadKeys<kDim>(k_tiles + stage, a.k, tile * kKeys, key_end, kv_col, head_dim);
+    LoadKeys<kDim>(v_tiles + stage, a.v, tile * kKeys, key_end, kv_col, head_dim);
+    CommitCopies();
+  };
+  if (kStages == 2) load(tile_begin);
+
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const __nv_bfloat16* q_row = q_tile + (warp * 16 + lane % 16) * kStride + lane / 16 * 8;
+  // This lane's two rows: of the query tile and as positions.
+  const int64_t rows[2] = {first + warp * 16 + lane / 4, first + warp * 16 + lane / 4 + 8};
+  const float scale = a.shape.scale * 1.44269504f;  // the exponentials are to base 2
+  float out[kDim / 8][4] = {};
+  float max[2] = {-INFINITY, -INFINITY}, den[2] = {0, 0};
+
+  for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
+    if (kStages == 1) {
+      load(tile);
+      WaitForCopies<0>();
+    } else if (tile + 1 < tile_end) {
+      load(tile + 1);
+      WaitForCopies<1>();
+    } else {
+      WaitForCopies<0>();
+    }
+    __syncthreads();
+    const __nv_bfloat16* k_tile = k_tiles + tile % kStages * kKeys * kStride;
+    const __nv_bfloat16* v_tile = v_tiles + tile % kStages * kKeys * kStride;
+
+    float s[kKeys / 8][4] = {};
+#pragma unroll
+    for (int d = 0; d < kDim; d += 16) {
+      uint32_t q[4];
+      LoadTiles(q, q_row + d);
+#pragma unroll
+      for (int n = 0; n < kKeys / 16; ++n) {
+        uint32_t k[4];
+        LoadTiles(k, k_tile + (n * 16 + lane % 8 + lane / 16 * 8) * kStride + d + lane / 8 % 2 * 8);
+        MultiplyAdd(s[2 * n], q, k[0], k[1]);
+        MultiplyAdd(s[2 * n + 1], q, k[2], k[3]);
+      }
+    }
+
+    const int64_t key = tile * kKeys;
+    const bool edge =
+        key + kKeys - 1 > a.start + first || (a.window > 0 && key <= a.start + last - a.window);
+    if (edge) {
+#pragma unroll
+      for (int n = 0; n < kKeys / 8; ++n) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          const int64_t at = key + n * 8 + lane % 4 * 2 + c % 2;
+          const int64_t position = a.start + rows[c / 2];
+          if (at > position || (a.window > 0 && at <= position - a.window)) s[n][c] = -INFINITY;
+        }
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float new_max = max[r];
+#pragma unroll
+      for (int n = 0; n < kKeys / 8; ++n) {
+        new_max = fmaxf(new_max, fmaxf(s[n][2 * r], s[n][2 * r + 1]));
+      }
+      new_max = fmaxf(new_max, __shfl_xor_sync(0xffffffffu, new_max, 1));
+      new_max = fmaxf(new_max, __shfl_xor_sync(0xffffffffu, new_max, 2));
+      // A row that has seen no key yet: any finite maximum keeps its weights 0.
+      const float base = new_max == -INFINITY ? 0.0f : new_max * scale;
+      const float shrink = exp2f(max[r] * scale - base);
+      max[r] = new_max;
+      den[r] *= shrink;
+#pragma unroll
+      for (int n = 0; n < kKeys / 8; ++n) {
+#pragma unroll
+        for (int c = 2 * r; c < 2 * r + 2; ++c) {
+          s[n][c] = exp2f(fmaf(s[n][c], scale, -base));
+          den[r] += s[n][c];
+        }
+      }
+#pragma unroll
+      for (int d = 0; d < kDim / 8; ++d) {
+        out[d][2 * r] *= shrink;
+        out[d][2 * r + 1] *= shrink;
+      }
+    }
+
+#pragma unroll
+    for (int n = 0; n < kKeys / 16; ++n) {
+      const uint32_t p[4] = {PackBf16(s[2 * n][0], s[2 * n][1]), PackBf16(s[2 * n][2], s[2 * n][3]),
+                             PackBf16(s[2 * n + 1][0], s[2 * n + 1][1]),
+                             PackBf16(s[2 * n + 1][2], s[2 * n + 1][3])};
+#pragma unroll
+      for (int d = 0; d < kDim / 16; ++d) {
+        uint32_t v[4];
+        LoadTilesTransposed(v, v_tile + (n * 16 + lane % 16) * kStride + d * 16 + lane / 16 * 8);
+        MultiplyAdd(out[2 * d], p, v[0], v[1]);
+        MultiplyAdd(out[2 * d + 1], p, v[2], v[3]);
+      }
+    }
+    __syncthreads();  // before the next copies overwrite what was read here
+  }
+
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    den[r] += __shfl_xor_sync(0xffffffffu, den[r], 1);
+    den[r] += __shfl_xor_sync(0xffffffffu, den[r], 2);
+    if (rows[r] >= a.q.rows) continue;
+    const float inverse = 1.0f / den[r];
+#pragma unroll
+    for (int d = 0; d < kDim / 8; ++d) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const int col = d * 8 + lane % 4 * 2 + c;
+        if (col < head_dim) StoreElement(a.out, rows[r], q_col + col, out[d][2 * r + c] * inverse);
+      }
+    }
+  }
+}
+
+template <int kDim>
+void Launch(cudaStream_t stream, const CausalArgs& args) {
+  constexpr size_t kBytes = Layout<kDim>::kBytes;
+  CheckCuda(cudaFuncSetAttribute(CausalKernel<kDim>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(kBytes)),
+            "cudaFuncSetAttribute");
+  const dim3 grid(static_cast<unsigned>((args.q.rows + kQueries - 1) / kQueries),
+                  static_cast<unsigned>(args.shape.heads));
+  CausalKernel<kDim><<<grid, kThreads, kBytes, stream>>>(args);
+  CheckCuda(cudaGetLastError(), "launch of CausalAttention");
+}
+
+}  // namespace
+
+void LaunchCausalAttention(cudaStream_t stream, const AttentionShape& shape, Tensor q, Tensor k,
+                           Tensor v, int64_t start, int64_t window, Tensor out) {
+  if (q.rows == 0) return;
+  const CausalArgs args{shape, q, k, v, out, start, window};
+  const int32_t dim = shape.head_dim;
+  if (dim <= 32) return Launch<32>(stream, args);
+  if (dim <= 64) return Launch<64>(stream, args);
+  if (dim <= 96) return Launch<96>(stream, args);
+  if (dim <= 128) return Launch<128>(stream, args);
+  return Launch<256>(stream, args);
+}
+
+}  // namespace passel::gpu::cuda

@@ -1,0 +1,244 @@
+#include "gpu/cuda/cuda_device.h"
+
+#include <algorithm>
+#include <exception>
+#include <thread>
+#include <utility>
+
+#include "runtime/base/error.h"
+
+namespace passel::gpu {
+namespace cuda {
+namespace {
+
+constexpr size_t kWorkspaceBytes = size_t{32} << 20;  // what cuBLAS asks for on Hopper
+
+class CudaEvent final : public Event {
+ public:
+  explicit CudaEvent(cudaStream_t stream) {
+    CheckCuda(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming), "cudaEventCreate");
+    const cudaError_t code = cudaEventRecord(event_, stream);
+    if (code != cudaSuccess) cudaEventDestroy(event_);
+    CheckCuda(code, "cudaEventRecord");
+  }
+  ~CudaEvent() override { cudaEventDestroy(event_); }
+  CudaEvent(const CudaEvent&) = delete;
+  CudaEvent& operator=(const CudaEvent&) = delete;
+  bool Done() override {
+    const cudaError_t code = cudaEventQuery(event_);
+    if (code == cudaErrorNotReady) return false;
+    CheckCuda(code, "cudaEventQuery");
+    return true;
+  }
+  void Wait() override { CheckCuda(cudaEventSynchronize(event_), "cudaEventSynchronize"); }
+
+ private:
+  cudaEvent_t event_ = nullptr;
+};
+
+// [out, in] bf16, row-major.
+class CudaLinear final : public Linear {
+ public:
+  CudaLinear(int64_t out, int64_t in, std::unique_ptr<Buffer> weight)
+      : out_(out), in_(in), weight_(std::move(weight)) {}
+  int64_t in_features() const override { return in_; }
+  int64_t out_features() const override { return out_; }
+  void* data() const { return weight_->data(); }
+
+ private:
+  int64_t out_, in_;
+  std::unique_ptr<Buffer> weight_;
+};
+
+const CudaLinear& AsCuda(const Linear& w) {
+  const auto* linear = dynamic_cast<const CudaLinear*>(&w);
+  Check(linear != nullptr, "Linear of another device");
+  return *linear;
+}
+
+// Reads `count` rows from `begin` on into pinned memory with several threads.
+void ReadRows(const RowReader& rows, int64_t begin, int64_t count, int64_t in, bf16* out) {
+  const int64_t threads =
+      std::clamp<int64_t>(std::min<int64_t>(std::thread::hardware_concurrency(), 8), 1, count);
+  std::vector<std::exception_ptr> errors(static_cast<size_t>(threads));
+  {
+    std::vector<std::jthread> readers;
+    for (int64_t t = 0; t < threads; ++t) {
+      readers.emplace_back([&, t] {
+        const int64_t from = count * t / threads, to = count * (t + 1) / threads;
+        try {
+          rows(begin + from, to - from, out + from * in);
+        } catch (...) {
+          errors[static_cast<size_t>(t)] = std::current_exception();
+        }
+      });
+    }
+  }
+  for (const std::exception_ptr& error : errors) {
+    if (error) std::rethrow_exception(error);
+  }
+}
+
+}  // namespace
+
+CudaDevice::Stream::Stream() {
+  CheckCuda(cudaStreamCreateWithFlags(&get, cudaStreamNonBlocking), "cudaStreamCreate");
+}
+CudaDevice::Stream::~Stream() { cudaStreamDestroy(get); }
+
+CudaDevice::CudaDevice(const DeviceOptions& options, std::string name, uint64_t usable_bytes)
+    : name_(std::move(name)),
+      deterministic_(options.deterministic),
+      ledger_(std::make_shared<Ledger>(options.memory_limit_bytes > 0 ? options.memory_limit_bytes
+                                                                      : usable_bytes)),
+      ring_(stream_.get) {
+  void* workspace = workspace_.Get(kWorkspaceBytes);
+  CheckCublas(cublasCreate(&cublas_), "cublasCreate");
+  CheckCublas(cublasSetStream(cublas_, stream_.get), "cublasSetStream");
+  CheckCublas(cublasSetWorkspace(cublas_, workspace, kWorkspaceBytes), "cublasSetWorkspace");
+}
+
+CudaDevice::~CudaDevice() {
+  cudaStreamSynchronize(stream_.get);
+  cublasDestroy(cublas_);
+}
+
+std::unique_ptr<Buffer> CudaDevice::Allocate(size_t bytes) {
+  return MakeDeviceBuffer(ledger_, bytes);
+}
+
+std::unique_ptr<Buffer> CudaDevice::AllocateStaging(size_t bytes) {
+  return MakePinnedBuffer(bytes);
+}
+
+void CudaDevice::CopyToDevice(void* device, const void* host, size_t bytes) {
+  if (bytes == 0 || device == host) return;
+  CheckCuda(cudaMemcpyAsync(device, host, bytes, cudaMemcpyDefault, stream_.get),
+            "cudaMemcpyAsync to the device");
+}
+
+void CudaDevice::CopyToHost(void* host, const void* device, size_t bytes) {
+  if (bytes == 0 || device == host) return;
+  CheckCuda(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDefault, stream_.get),
+            "cudaMemcpyAsync to the host");
+}
+
+std::unique_ptr<Event> CudaDevice::Record() { return std::make_unique<CudaEvent>(stream_.get); }
+
+std::unique_ptr<Linear> CudaDevice::MakeLinear(int64_t out_features, int64_t in_features,
+                                               const RowReader& rows) {
+  Check(out_features > 0 && in_features > 0, "MakeLinear: empty matrix");
+  auto weight = Allocate(static_cast<size_t>(out_features * in_features) * sizeof(bf16));
+  // One panel is read while the other is on its way.
+  constexpr int64_t kPanelBytes = int64_t{16} << 20;
+  const int64_t row_bytes = in_features * static_cast<int64_t>(sizeof(bf16));
+  const int64_t panel_rows = std::clamp<int64_t>(kPanelBytes / row_bytes, 1, out_features);
+  const std::unique_ptr<Buffer> panels[2] = {
+      AllocateStaging(static_cast<size_t>(panel_rows * row_bytes)),
+      AllocateStaging(static_cast<size_t>(panel_rows * row_bytes))};
+  std::unique_ptr<Event> copied[2];
+  size_t which = 0;
+  for (int64_t begin = 0; begin < out_features; begin += panel_rows, which = 1 - which) {
+    const int64_t count = std::min(panel_rows, out_features - begin);
+    auto* panel = static_cast<bf16*>(panels[which]->data());
+    if (copied[which]) copied[which]->Wait();
+    ReadRows(rows, begin, count, in_features, panel);
+    CopyToDevice(static_cast<bf16*>(weight->data()) + begin * in_features, panel,
+                 static_cast<size_t>(count * row_bytes));
+    copied[which] = Record();
+  }
+  for (const auto& event : copied) {
+    if (event) event->Wait();
+  }
+  return std::make_unique<CudaLinear>(out_features, in_features, std::move(weight));
+}
+
+// Row-major out = x Wᵀ is column-major outᵀ = W xᵀ, with W stored transposed.
+void CudaDevice::Multiply(const void* w, int64_t out_features, Tensor x, Tensor out) {
+  const float one = 1, zero = 0;
+  CheckCublas(cublasGemmEx(cublas_, CUBLAS_OP_T, CUBLAS_OP_N, static_cast<int>(out_features),
+                           static_cast<int>(x.rows), static_cast<int>(x.cols), &one, w, CUDA_R_16BF,
+                           static_cast<int>(x.cols), x.data, CUDA_R_16BF,
+                           static_cast<int>(x.stride), &zero, out.data, CUDA_R_32F,
+                           static_cast<int>(out.stride), CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
+              "cublasGemmEx");
+}
+
+void CudaDevice::MatMul(const Linear& w, Tensor x, Tensor out) {
+  const CudaLinear& linear = AsCuda(w);
+  const int64_t features = linear.out_features();
+  Check(x.type == DType::kBf16 && x.cols == linear.in_features(),
+        "MatMul: x does not fit the weight");
+  Check(out.type == DType::kF32 && out.rows == x.rows && out.cols == features,
+        "MatMul: out does not fit x and the weight");
+  if (x.rows == 0) return;
+  if (!deterministic_) return Multiply(linear.data(), features, x, out);
+  // cuBLAS chooses its algorithm, so a row's bits, by the number of rows and the alignment: always
+  // the same number, in the same place. Up to about this many rows the weight's bytes bound the
+  // time, so a decode step pays little for it.
+  constexpr int64_t kRows = 128;
+  const auto out_bytes = static_cast<size_t>(kRows * features) * sizeof(float);
+  auto* scratch = static_cast<char*>(
+      product_scratch_.Get(out_bytes + 256 + static_cast<size_t>(kRows * x.cols) * sizeof(bf16)));
+  const Tensor product{scratch, DType::kF32, kRows, features, features};
+  const Tensor operand{scratch + (out_bytes + 255) / 256 * 256, DType::kBf16, kRows, x.cols,
+                       x.cols};
+  for (int64_t begin = 0; begin < x.rows; begin += kRows) {
+    const int64_t count = std::min(kRows, x.rows - begin);
+    LaunchConvert(stream_.get, x.Rows(begin, count), operand.Rows(0, count));
+    Multiply(linear.data(), features, operand, product);
+    LaunchConvert(stream_.get, product.Rows(0, count), out.Rows(begin, count));
+  }
+}
+
+void CudaDevice::Embed(Tensor table, std::span<const int32_t> ids, Tensor out) {
+  Check(table.type == DType::kBf16 && out.type == DType::kF32 && table.cols == out.cols &&
+            out.rows == static_cast<int64_t>(ids.size()),
+        "Embed: shapes disagree");
+  for (const int32_t id : ids) Check(id < table.rows, "Embed: id out of range");
+  LaunchEmbed(stream_.get, table, ring_.Upload(ids), out);
+}
+
+void CudaDevice::Embed(const Linear& table, std::span<const int32_t> ids, Tensor out) {
+  const int64_t in = table.in_features();
+  Embed(Tensor{AsCuda(table).data(), DType::kBf16, table.out_features(), in, in}, ids, out);
+}
+
+}  // namespace cuda
+
+std::unique_ptr<Device> MakeCudaDevice(const DeviceOptions& options, std::string* why) {
+  const auto refuse = [&](const std::string& reason) {
+    cudaGetLastError();
+    if (why != nullptr) *why = reason;
+    return nullptr;
+  };
+  int count = 0;
+  if (const cudaError_t code = cudaGetDeviceCount(&count); code != cudaSuccess || count == 0) {
+    return refuse(std::string("no usable GPU: ") +
+                  (code != cudaSuccess ? cudaGetErrorString(code) : "none is visible"));
+  }
+  cudaDeviceProp properties{};
+  if (const cudaError_t code = cudaGetDeviceProperties(&properties, 0); code != cudaSuccess) {
+    return refuse(std::string("GPU 0: ") + cudaGetErrorString(code));
+  }
+  if (properties.major < 8) {
+    return refuse(std::string(properties.name) + " has compute capability " +
+                  std::to_string(properties.major) + "." + std::to_string(properties.minor) +
+                  "; 8.0 or later is needed (bf16)");
+  }
+  size_t free_bytes = 0, total_bytes = 0;
+  cudaError_t code = cudaSetDevice(0);
+  if (code == cudaSuccess) code = cudaMemGetInfo(&free_bytes, &total_bytes);
+  if (code != cudaSuccess) {
+    return refuse(std::string(properties.name) + ": " + cudaGetErrorString(code));
+  }
+  // What is left for cuBLAS, scratch memory and the context's growth.
+  constexpr uint64_t kReserve = uint64_t{1} << 30;
+  if (free_bytes <= kReserve) {
+    return refuse(std::string(properties.name) + ": less than 1 GiB of its memory is free");
+  }
+  if (why != nullptr) why->clear();
+  return std::make_unique<cuda::CudaDevice>(options, properties.name, free_bytes - kReserve);
+}
+
+}  // namespace passel::gpu

@@ -1,0 +1,88 @@
+#pragma once
+
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "gpu/cuda/check.h"
+#include "gpu/cuda/kernels.h"
+#include "gpu/cuda/memory.h"
+#include "gpu/cuda/upload_ring.h"
+#include "gpu/device.h"
+
+namespace passel::gpu::cuda {
+
+// A Device on one NVIDIA GPU: one stream, cuBLAS for products, own kernels for the rest. cuBLAS's
+// workspace, scratch memory and the CUDA context do not count against the limit.
+class CudaDevice final : public Device {
+ public:
+  CudaDevice(const DeviceOptions& options, std::string name, uint64_t usable_bytes);
+  ~CudaDevice() override;
+
+  DeviceInfo info() const override { return {"CUDA", name_, ledger_->limit}; }
+  DType activation_type() const override { return DType::kBf16; }
+  std::unique_ptr<Buffer> Allocate(size_t bytes) override;
+  std::unique_ptr<Buffer> AllocateStaging(size_t bytes) override;
+  uint64_t allocated_bytes() const override { return ledger_->used; }
+  void CopyToDevice(void* device, const void* host, size_t bytes) override;
+  void CopyToHost(void* host, const void* device, size_t bytes) override;
+  std::unique_ptr<Event> Record() override;
+  std::unique_ptr<Linear> MakeLinear(int64_t out_features, int64_t in_features,
+                                     const RowReader& rows) override;
+  void MatMul(const Linear& w, Tensor x, Tensor out) override;
+  void Embed(Tensor table, std::span<const int32_t> ids, Tensor out) override;
+  void Embed(const Linear& table, std::span<const int32_t> ids, Tensor out) override;
+  void AddRmsNorm(Tensor residual, Tensor delta, Tensor weight, float eps, Tensor out) override;
+  void Rope(Tensor x, int32_t head_dim, std::span<const float> inv_freq,
+            std::span<const int64_t> positions) override;
+  void SiluMul(Tensor gate_up, Tensor out) override;
+  void Add(Tensor into, Tensor delta) override;
+  void Convert(Tensor in, Tensor out) override;
+  void CreateKvPool(const AttentionShape& shape, int32_t pages) override;
+  void StoreKv(std::span<const int32_t> pages, std::span<const int64_t> slots, Tensor k,
+               Tensor v) override;
+  void LoadKv(std::span<const int32_t> pages, std::span<const int64_t> slots, Tensor k,
+              Tensor v) override;
+  void DecodeAttention(Tensor q, std::span<const KvView> views, Partials out) override;
+  void CausalAttention(const AttentionShape& shape, Tensor q, Tensor k, Tensor v, int64_t start,
+                       int64_t window, Tensor out) override;
+  void SetProjections(std::span<const float> r, int32_t head_dim, int32_t k, int32_t l) override;
+  void HashCodes(Tensor x, Tensor mean, Tensor codes) override;
+  void ColumnMean(Tensor x, Tensor mean) override;
+  void ClearPartials(Partials partials) override;
+  void MergePartials(Partials into, Partials from, std::span<const int32_t> rows,
+                     std::span<const int32_t> first_heads) override;
+  void NormalizePartials(Partials partials, Tensor out) override;
+
+ private:
+  struct Stream {
+    Stream();
+    ~Stream();
+    cudaStream_t get = nullptr;
+  };
+  void Multiply(const void* w, int64_t out_features, Tensor x, Tensor out);
+  const int64_t* UploadSlots(std::span<const int32_t> pages, std::span<const int64_t> slots,
+                             const Tensor& k, const Tensor& v);
+
+  std::string name_;
+  bool deterministic_;
+  std::shared_ptr<Ledger> ledger_;
+  Stream stream_;
+  cublasHandle_t cublas_ = nullptr;
+  Scratch workspace_;  // cuBLAS's
+  UploadRing ring_;
+  Scratch product_scratch_, decode_scratch_, mean_scratch_, rope_scratch_;
+
+  std::vector<float> rope_inv_freq_;  // what rope_scratch_ holds the angles of
+  std::vector<int64_t> rope_positions_;
+
+  std::unique_ptr<Buffer> pool_;
+  AttentionShape pool_shape_;
+  int32_t pool_pages_ = 0;
+
+  std::unique_ptr<Buffer> projections_;
+  int32_t hash_dim_ = 0, hash_bits_ = 0, hash_tables_ = 0;
+};
+
+}  // namespace passel::gpu::cuda

@@ -1,0 +1,73 @@
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "gpu/device.h"
+
+// Launchers of the CUDA kernels. Shapes are checked by CudaDevice; all pointers are device-readable
+// unless said otherwise; all work goes to `stream`. A launch that fails throws.
+namespace passel::gpu::cuda {
+
+// Elementwise and by row (elementwise.cu). Meanings and shapes as in gpu/device.h.
+void LaunchEmbed(cudaStream_t stream, Tensor table, const int32_t* ids, Tensor out);
+void LaunchAddRmsNorm(cudaStream_t stream, Tensor residual, Tensor delta, Tensor weight, float eps,
+                      Tensor out);
+// table: [n, head_dim/2] pairs (cos, sin) of positions[i]·inv_freq[j], computed in float64: at
+// position 2^20 a float32 angle has an error of 0.03.
+void LaunchRopeTable(cudaStream_t stream, const int64_t* positions, int64_t n,
+                     const float* inv_freq, int64_t half, float2* table);
+void LaunchRope(cudaStream_t stream, Tensor x, int32_t head_dim, const float2* table);
+void LaunchSiluMul(cudaStream_t stream, Tensor gate_up, Tensor out);
+void LaunchAdd(cudaStream_t stream, Tensor into, Tensor delta);
+void LaunchConvert(cudaStream_t stream, Tensor in, Tensor out);
+
+// Column means (column_mean.cu). sums: scratch of ColumnMeanScratch(rows, cols) bytes.
+size_t ColumnMeanScratch(int64_t rows, int64_t cols);
+void LaunchColumnMean(cudaStream_t stream, Tensor x, Tensor mean, double* sums);
+
+// Partial results (partials.cu). order, row_begin: the entries of `from` that go to row r of `into`
+// are order[row_begin[r]] … order[row_begin[r + 1] − 1], ascending.
+void LaunchClearPartials(cudaStream_t stream, Partials partials);
+void LaunchMergePartials(cudaStream_t stream, Partials into, Partials from, const int32_t* order,
+                         const int32_t* row_begin, const int32_t* first_heads);
+void LaunchNormalizePartials(cudaStream_t stream, Partials partials, Tensor out);
+
+// The KV pool (decode_attention.cu). slots[i]: page · kKvPageTokens + place in the page.
+struct PoolView {
+  void* data;  // [pages, kKvPageTokens, kv_heads, 2, head_dim] bf16
+  AttentionShape shape;
+};
+void LaunchStoreKv(cudaStream_t stream, PoolView pool, const int64_t* slots, Tensor k, Tensor v);
+void LaunchLoadKv(cudaStream_t stream, PoolView pool, const int64_t* slots, Tensor k, Tensor v);
+
+// One query row of a decode batch. How it is cut depends on its own length alone, so that bits do
+// not depend on the batch.
+struct DecodeRow {
+  int64_t first_page;  // of its page numbers in `pages`
+  int64_t tokens;
+  int64_t split_tokens;   // tokens of a split
+  int64_t first_partial;  // of its splits in the scratch memory
+  int32_t splits;         // ≥ 1
+};
+// Sets split_tokens and splits from tokens.
+void CutDecodeRow(DecodeRow* row);
+// scratch: floats for `partials` splits, DecodePartialFloats each; unused where max_splits is 1.
+inline int64_t DecodePartialFloats(const AttentionShape& shape) {
+  return int64_t{shape.heads} * (shape.head_dim + 2);
+}
+void LaunchDecodeAttention(cudaStream_t stream, PoolView pool, Tensor q, const int32_t* pages,
+                           const DecodeRow* rows, int32_t max_splits, float* scratch, Partials out);
+
+// Causal attention of a chunk (causal_attention.cu); head_dim ≤ kMaxCausalHeadDim, a multiple of 8.
+inline constexpr int32_t kMaxCausalHeadDim = 256;
+void LaunchCausalAttention(cudaStream_t stream, const AttentionShape& shape, Tensor q, Tensor k,
+                           Tensor v, int64_t start, int64_t window, Tensor out);
+
+// SimHash codes (hashing.cu). projections: [head_dim, l, HashColumns(k)] f32, zero-padded.
+int32_t HashColumns(int32_t k);
+void LaunchHashCodes(cudaStream_t stream, const float* projections, int32_t head_dim, int32_t k,
+                     int32_t l, Tensor x, Tensor mean, Tensor codes);
+
+}  // namespace passel::gpu::cuda

@@ -1,0 +1,50 @@
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstring>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "gpu/cuda/check.h"
+#include "gpu/cuda/memory.h"
+
+namespace passel::gpu::cuda {
+
+// Small host arrays (ids, positions, page tables) on their way to kernels: copied to pinned memory,
+// so that the caller's array may go at once, and from there to device memory by the stream.
+// The pinned side is reused only when its copies are done; the device side is reused by later
+// copies of the same stream, so behind the kernels that read it. Used by the issuing thread.
+class UploadRing {
+ public:
+  explicit UploadRing(cudaStream_t stream);
+  ~UploadRing();
+  UploadRing(const UploadRing&) = delete;
+  UploadRing& operator=(const UploadRing&) = delete;
+
+  // Device address of a copy of `bytes` bytes, 256-byte aligned, for work issued before the ring
+  // has come around: kernels must be launched before half a ring of further uploads.
+  void* Upload(const void* host, size_t bytes);
+  template <typename T>
+  const T* Upload(std::span<const T> host) {
+    return static_cast<const T*>(Upload(host.data(), host.size_bytes()));
+  }
+
+ private:
+  static constexpr size_t kSegments = 4;
+  void Resize(size_t segment_bytes);
+
+  cudaStream_t stream_;
+  size_t segment_bytes_ = 0;
+  size_t segment_ = 0;                         // the one being filled
+  size_t used_ = 0;                            // bytes of it
+  std::array<cudaEvent_t, kSegments> left_{};  // copies of a segment, recorded on leaving it
+  std::unique_ptr<Buffer> pinned_;
+  std::unique_ptr<Buffer> device_;
+  // Device sides before growths: an operation may hold addresses in them. Each is at most half as
+  // large as the next.
+  std::vector<std::unique_ptr<Buffer>> retired_;
+};
+
+}  // namespace passel::gpu::cuda
