@@ -36,7 +36,7 @@ fi
 
 if wants asan; then
   say "address and undefined behaviour sanitizer: unit tests"
-  build asan all
+  build asan unit_tests
   ASAN_OPTIONS=detect_stack_use_after_return=1:strict_string_checks=1 \
     UBSAN_OPTIONS=print_stacktrace=1 \
     ctest --preset asan --no-tests=error -j "$jobs"
@@ -46,7 +46,7 @@ if wants tsan; then
   say "thread sanitizer: threaded tests"
   # No suppressions. ThreadSanitizer cannot see how the distribution's TBB and oneDNN, compiled
   # without it, hand work to their threads: tests that run on those have not the label `threaded`.
-  build tsan all
+  build tsan threaded_tests
   # UCX patches libc's madvise to learn of unmapped memory. The C library calls it when a thread
   # ends, after ThreadSanitizer has let go of the thread, and that crashes.
   UCX_MEM_EVENTS=n \
