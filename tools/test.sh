@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Everything a change must pass, in the order of what fails fastest. Stops at the first failure.
 #
-#   PASSEL_TEST_STEPS="release asan"   runs only the named steps (default: all)
+#   PASSEL_TEST_STEPS="release asan"   runs only the named steps (default: all but slow)
+#   PASSEL_TEST_STEPS="slow"           the tests of many minutes, after a release step
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -30,8 +31,13 @@ if wants release; then
   build release all
   say "headers compile alone"
   cmake --build --preset release -j "$jobs" --target all_verify_interface_header_sets
-  say "all tests"
-  ctest --preset release --no-tests=error
+  say "all tests but the slow ones"
+  ctest --preset release --no-tests=error -LE slow
+fi
+
+if wants slow; then
+  say "slow tests"
+  ctest --preset release --no-tests=error -L slow
 fi
 
 if wants asan; then
