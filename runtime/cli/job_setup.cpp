@@ -56,10 +56,13 @@ std::unique_ptr<gpu::Device> MakeDevice(const config::Config& config) {
 
 void CheckAgainstModel(const engine::Job& job) {
   cluster::DenseLayers(job.config.attention(), static_cast<uint32_t>(job.model.layers));
-  if (job.model.sliding_window > 0 && job.hosts() > 0) {
-    throw Error(ErrorClass::kUsage,
-                "the model has a sliding window of " + std::to_string(job.model.sliding_window) +
-                    " tokens, which host ranks do not serve; expected a run without host ranks");
+  // Decoding attends the whole cache; a window would have to bound it.
+  if (job.model.sliding_window > 0 && job.model.sliding_window < job.model.context_length) {
+    throw Error(ErrorClass::kModel,
+                job.config.model().path() + ": sliding_window of " +
+                    std::to_string(job.model.sliding_window) +
+                    " tokens is not served in decoding; expected a model that attends its whole "
+                    "context");
   }
 }
 
