@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # Everything a change must pass, in the order of what fails fastest. Stops at the first failure.
 #
-#   PASSEL_TEST_STEPS="release asan"   runs only the named steps (default: all but slow)
-#   PASSEL_TEST_STEPS="slow"           the tests of many minutes, after a release step
+#   PASSEL_TEST_STEPS="release asan"   runs only the named steps (default: all)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -31,13 +30,8 @@ if wants release; then
   build release all
   say "headers compile alone"
   cmake --build --preset release -j "$jobs" --target all_verify_interface_header_sets
-  say "all tests but the slow ones"
-  ctest --preset release --no-tests=error -LE slow
-fi
-
-if wants slow; then
-  say "slow tests"
-  ctest --preset release --no-tests=error -L slow
+  say "all tests"
+  ctest --preset release --no-tests=error
 fi
 
 if wants asan; then

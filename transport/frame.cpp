@@ -53,7 +53,9 @@ std::optional<FrameHeader> ParseFrameHeader(std::span<const std::byte> bytes,
   if (header.version != kProtocolVersion) return refuse("wrong protocol version");
   if (header.check != CheckOf(bytes)) return refuse("wrong check sum");
   if (!IsKnown(header.type)) return refuse("unknown frame type");
-  if (header.reserved != 0) return refuse("reserved is not zero");
+  if (header.part != 0 && header.type != FrameType::kQuery && header.type != FrameType::kPartial) {
+    return refuse("a part of what has no parts");
+  }
   return header;
 }
 

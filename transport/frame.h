@@ -35,7 +35,7 @@ struct FrameHeader {
   uint64_t step = 0;   // decode step of the sender, where it matters
   uint64_t payload_bytes = 0;
   uint64_t sequence = 0;  // per sender, rising
-  uint32_t reserved = 0;  // zero
+  uint32_t part = 0;      // of a query sent in several frames; its reply carries it back
   uint32_t check = 0;     // FNV-1a of the 60 bytes before
 };
 inline constexpr size_t kFrameHeaderBytes = 64;
@@ -46,7 +46,7 @@ uint64_t MaxPayloadBytes(FrameType type);
 
 // Sets `check`; the header is then ready to be sent as its bytes.
 void SealFrameHeader(FrameHeader& header);
-// Reads and checks magic, version, check, type and reserved; nullopt for anything else, with the
+// Reads and checks magic, version, check, type and part; nullopt for anything else, with the
 // reason. Does not judge nonce, epoch, source or payload size: the channel does.
 std::optional<FrameHeader> ParseFrameHeader(std::span<const std::byte> bytes,
                                             std::string_view* reason);

@@ -20,7 +20,6 @@ void FrameGate::Stamp(FrameHeader& header, uint64_t payload_bytes) {
   header.source = self_.value;
   header.payload_bytes = payload_bytes;
   header.sequence = ++sequence_;
-  header.reserved = 0;
   SealFrameHeader(header);
 }
 

@@ -22,14 +22,6 @@ cluster::HealthTracker Watch(const Job& job, std::span<const RankId> hosts) {
 
 }  // namespace
 
-uint32_t HostedRequest::SegmentOf(uint64_t token) const {
-  const auto it =
-      std::upper_bound(segments.begin(), segments.end(), token,
-                       [](uint64_t t, const host::SegmentSpec& s) { return t < s.first_token; });
-  Check(it != segments.begin(), "a token before the first segment");
-  return static_cast<uint32_t>(it - segments.begin() - 1);
-}
-
 HostLink::HostLink(const Job& job, transport::Channel& channel, const model::TensorSlice& slice,
                    std::function<void(RankId, const cluster::proto::Control&)> on_control)
     : job_(job),
@@ -80,8 +72,9 @@ void HostLink::Pump(std::chrono::milliseconds wait) {
   if (!lost_.empty()) throw Error(ErrorClass::kCluster, lost_);
 }
 
-uint64_t HostLink::Ticket(uint64_t step, int32_t layer, uint16_t micro_batch) {
-  return HashBytes(&step, sizeof step) ^ (static_cast<uint64_t>(layer) << 16) ^ micro_batch;
+uint64_t HostLink::Ticket(uint64_t step, int32_t layer, uint16_t micro_batch, uint32_t part) {
+  return HashBytes(&step, sizeof step) ^ (uint64_t{part} << 32) ^
+         (static_cast<uint64_t>(layer) << 16) ^ micro_batch;
 }
 
 void HostLink::Send(uint32_t host, transport::FrameHeader header, std::vector<std::byte> payload) {
@@ -93,54 +86,42 @@ void HostLink::SendQuery(uint16_t micro_batch, int32_t layer, uint64_t step,
                          std::span<const QueryRow> rows, const float* q, const uint16_t* codes,
                          ReplyBox* box) {
   const auto first = static_cast<uint32_t>(slice_.first_kv_head);
-  const auto heads = static_cast<uint32_t>(slice_.kv_heads);
+  const auto heads = static_cast<size_t>(slice_.kv_heads);
+  const bool by_segment = job_.config.engine().deterministic();
   *box = ReplyBox{};
   box->step = step;
   box->layer = layer;
   if (boxes_.size() <= micro_batch) boxes_.resize(micro_batch + size_t{1});
   boxes_[micro_batch] = box;
 
+  const size_t head_q = size_t{shape_.group} * shape_.head_dim;
+  const size_t head_codes = size_t{shape_.group} * shape_.l;
   for (uint32_t host = 0; host < hosts(); ++host) {
-    // A host gets runs of the KV heads it holds, for each row.
-    std::vector<cluster::QueryEntry> entries;
-    for (const QueryRow& row : rows) {
-      if (row.offloaded_tokens == 0) continue;
-      const HostedRequest& hosted = *row.hosted;
-      const uint32_t segments = hosted.SegmentOf(row.offloaded_tokens - 1) + 1;
-      for (uint32_t h = first; h < first + heads; ++h) {
-        const auto owners = hosted.placement.HostsFor(h, 1, segments);
-        if (std::find(owners.begin(), owners.end(), host) == owners.end()) continue;
-        const bool joins = !entries.empty() && entries.back().row == row.row &&
-                           entries.back().first_kv_head + entries.back().kv_heads == h;
-        if (joins) {
-          ++entries.back().kv_heads;
-        } else {
-          entries.push_back(
-              {hosted.request.value, row.offloaded_tokens, h, 1, row.exact ? 1u : 0u, row.row});
+    uint32_t part = 0;
+    for (QueryFrame& frame : PlanQueries(shape_, slice_, rows, host, by_segment)) {
+      std::vector<cluster::QuerySpace> spaces;
+      auto payload = cluster::BuildQuery(shape_, frame.entries, &spaces);
+      for (size_t i = 0; i < spaces.size(); ++i) {
+        const cluster::QueryEntry& e = frame.entries[i];
+        const size_t at = e.row * heads + (e.first_kv_head - first);
+        std::copy_n(q + at * head_q, spaces[i].q.size(), spaces[i].q.begin());
+        if (!spaces[i].codes.empty()) {
+          std::copy_n(codes + at * head_codes, spaces[i].codes.size(), spaces[i].codes.begin());
         }
       }
+      transport::FrameHeader h;
+      h.type = transport::FrameType::kQuery;
+      h.layer = static_cast<uint16_t>(layer);
+      h.micro_batch = micro_batch;
+      h.step = step;
+      h.part = part;
+      h.count = static_cast<uint32_t>(frame.entries.size());
+      health_.Asked(host_ranks_[host], Ticket(step, layer, micro_batch, part), Clock::now());
+      box->questions.push_back({host_ranks_[host], part, std::move(frame.partials)});
+      ++box->open;
+      ++part;
+      Send(host, h, std::move(payload));
     }
-    if (entries.empty()) continue;
-    std::vector<cluster::QuerySpace> spaces;
-    auto payload = cluster::BuildQuery(shape_, entries, &spaces);
-    const size_t head_q = size_t{shape_.group} * shape_.head_dim;
-    const size_t head_codes = size_t{shape_.group} * shape_.l;
-    for (size_t i = 0; i < entries.size(); ++i) {
-      const size_t at = size_t{entries[i].row} * heads + (entries[i].first_kv_head - first);
-      std::copy_n(q + at * head_q, spaces[i].q.size(), spaces[i].q.begin());
-      if (!spaces[i].codes.empty()) {
-        std::copy_n(codes + at * head_codes, spaces[i].codes.size(), spaces[i].codes.begin());
-      }
-    }
-    transport::FrameHeader h;
-    h.type = transport::FrameType::kQuery;
-    h.layer = static_cast<uint16_t>(layer);
-    h.micro_batch = micro_batch;
-    h.step = step;
-    h.count = static_cast<uint32_t>(entries.size());
-    health_.Asked(host_ranks_[host], Ticket(step, layer, micro_batch), Clock::now());
-    Send(host, h, std::move(payload));
-    ++box->expected;
   }
 }
 
@@ -235,19 +216,27 @@ void HostLink::OnFrame(const transport::FrameHeader& header, std::span<const std
 }
 
 void HostLink::OnPartial(const transport::FrameHeader& header, std::span<const std::byte> payload) {
+  const auto drop = [&](const std::string& why) {
+    spdlog::debug("a partial of rank {} dropped: {}", header.source, why);
+    ++dropped_;
+  };
   const RankId from(header.source);
   ReplyBox* box = header.micro_batch < boxes_.size() ? boxes_[header.micro_batch] : nullptr;
+  if (!box || box->step != header.step || box->layer != header.layer) return drop("not asked for");
+  const auto question =
+      std::find_if(box->questions.begin(), box->questions.end(), [&](const Question& asked) {
+        return asked.host == from && asked.part == header.part && !asked.answered;
+      });
+  if (question == box->questions.end()) return drop("not asked for");
   std::string why;
   const auto views = cluster::ParsePartial(shape_, header.count, payload, &why);
-  const bool wanted =
-      box && box->step == header.step && box->layer == header.layer && !box->complete();
-  const bool twice =
-      wanted && std::find(box->from.begin(), box->from.end(), from) != box->from.end();
-  if (!views || !wanted || twice) {
-    spdlog::debug("a partial of rank {} dropped: {}", header.source, views ? "not asked for" : why);
-    ++dropped_;
-    return;
+  if (!views) return drop(why);
+  std::vector<PartialKey> keys;
+  for (const cluster::PartialView& v : *views) {
+    keys.push_back({v.entry->row, v.entry->kv_head, v.entry->segment});
   }
+  std::sort(keys.begin(), keys.end());
+  if (keys != question->partials) return drop("other partials than those asked for");
   for (const cluster::PartialView& v : *views) {
     box->partials.push_back({v.entry->row,
                              v.entry->kv_head,
@@ -257,8 +246,9 @@ void HostLink::OnPartial(const transport::FrameHeader& header, std::span<const s
                              {v.den.begin(), v.den.end()},
                              {v.num.begin(), v.num.end()}});
   }
-  health_.Answered(from, Ticket(header.step, header.layer, header.micro_batch));
-  box->from.push_back(from);
+  health_.Answered(from, Ticket(header.step, header.layer, header.micro_batch, header.part));
+  question->answered = true;
+  --box->open;
 }
 
 }  // namespace passel::engine

@@ -11,28 +11,11 @@
 #include "cluster/messages.h"
 #include "cluster/shard_map.h"
 #include "runtime/engine/job.h"
+#include "runtime/engine/query_plan.h"
 #include "runtime/model/transformer.h"
 #include "transport/channel.h"
 
 namespace passel::engine {
-
-// Where a request's offloaded tokens live.
-struct HostedRequest {
-  RequestId request;
-  cluster::RequestPlacement placement;
-  std::vector<host::SegmentSpec> segments;
-
-  // Segment that holds offloaded token `token`.
-  uint32_t SegmentOf(uint64_t token) const;
-};
-
-// One row of a micro-batch, as a query asks for it.
-struct QueryRow {
-  const HostedRequest* hosted;
-  uint64_t offloaded_tokens;
-  bool exact;
-  uint32_t row;
-};
 
 // One (row, KV head, segment)'s partial, out of a reply.
 struct ReceivedPartial {
@@ -43,15 +26,23 @@ struct ReceivedPartial {
   std::vector<float> max, den, num;  // [group], [group], [group, head_dim]
 };
 
+// A query frame on its way, and the partials that answer it.
+struct Question {
+  RankId host;
+  uint32_t part;  // of this host's frames
+  std::vector<PartialKey> partials;
+  bool answered = false;
+};
+
 // The replies that a micro-batch waits for.
 struct ReplyBox {
   uint64_t step = 0;
   int32_t layer = -1;
-  uint32_t expected = 0;  // frames
-  std::vector<RankId> from;
+  std::vector<Question> questions;
+  uint32_t open = 0;  // questions not answered yet
   std::vector<ReceivedPartial> partials;
 
-  bool complete() const { return from.size() == expected; }
+  bool complete() const { return open == 0; }
 };
 
 // A model rank's end of the wire to the host ranks. Never blocks. One thread.
@@ -90,7 +81,7 @@ class HostLink {
   void OnFrame(const transport::FrameHeader& header, std::span<const std::byte> payload);
   void OnPartial(const transport::FrameHeader& header, std::span<const std::byte> payload);
   void Send(uint32_t host, transport::FrameHeader header, std::vector<std::byte> payload);
-  static uint64_t Ticket(uint64_t step, int32_t layer, uint16_t micro_batch);
+  static uint64_t Ticket(uint64_t step, int32_t layer, uint16_t micro_batch, uint32_t part);
 
   const Job& job_;
   transport::Channel& channel_;

@@ -11,7 +11,7 @@ namespace passel::engine {
 namespace {
 
 using Clock = std::chrono::steady_clock;
-constexpr size_t kMaxWaiting = 1024;
+constexpr uint64_t kMaxWaitingBytes = uint64_t{256} << 20;
 constexpr uint64_t kMaxEarlyBytes = uint64_t{256} << 20;
 
 std::vector<std::byte> Serialize(const cluster::proto::Control& message) {
@@ -169,7 +169,10 @@ void HostRank::OnQuery(const transport::FrameHeader& header, std::span<const std
   if (!views) return Drop(header, why);
   query->views = std::move(*views);
   if (Ready(*query)) return Start(std::move(query));
-  if (waiting_.size() >= kMaxWaiting) return Drop(header, "too many queries wait for tokens");
+  if (waiting_bytes_ + query->bytes() > kMaxWaitingBytes) {
+    return Drop(header, "too many queries wait for tokens");
+  }
+  waiting_bytes_ += query->bytes();
   waiting_.push_back(std::move(query));
 }
 
@@ -190,6 +193,7 @@ void HostRank::RetryWaiting() {
     auto query = std::move(waiting_.front());
     waiting_.pop_front();
     if (Ready(*query)) {
+      waiting_bytes_ -= query->bytes();
       Start(std::move(query));
     } else {
       waiting_.push_back(std::move(query));
@@ -257,6 +261,7 @@ void HostRank::Reply(const Query& query, const std::vector<host::PartialItem>& i
   h.layer = query.header.layer;
   h.micro_batch = query.header.micro_batch;
   h.step = query.header.step;
+  h.part = query.header.part;
   h.count = static_cast<uint32_t>(entries.size());
   channel_.Post(RankId(query.header.source), transport::OutgoingFrame::Own(h, std::move(payload)));
 }
@@ -275,8 +280,10 @@ void HostRank::OnControl(const transport::FrameHeader& header, std::span<const s
     const uint64_t request = message.release().request();
     attention_.Release(RequestId(request));
     std::erase_if(waiting_, [&](const std::shared_ptr<Query>& query) {
-      return std::any_of(query->views.begin(), query->views.end(),
-                         [&](const auto& view) { return view.entry->request == request; });
+      const bool asks = std::any_of(query->views.begin(), query->views.end(),
+                                    [&](const auto& v) { return v.entry->request == request; });
+      if (asks) waiting_bytes_ -= query->bytes();
+      return asks;
     });
   } else if (message.has_stats_query()) {
     const host::MemoryUsage usage = attention_.usage();

@@ -33,6 +33,8 @@ class HostRank {
     transport::FrameHeader header;
     std::vector<std::byte> payload;
     std::vector<cluster::QueryView> views;  // into payload
+
+    uint64_t bytes() const { return sizeof(Query) + payload.size(); }
   };
 
   // K and V that came before those of the tokens in front of them: a small frame may overtake a
@@ -62,6 +64,7 @@ class HostRank {
   cluster::WireShape shape_;
   host::HostAttention attention_;
   std::deque<std::shared_ptr<Query>> waiting_;
+  uint64_t waiting_bytes_ = 0;
   std::list<EarlyKv> early_;
   uint64_t early_bytes_ = 0;
   std::atomic<int> in_flight_ = 0;

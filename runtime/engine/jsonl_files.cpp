@@ -96,7 +96,10 @@ std::optional<uint64_t> JsonlSource::remaining() const { return lines_total_; }
 JsonlSink::JsonlSink(const std::string& path, bool resume, const Tokenizer& tokenizer,
                      std::unordered_set<std::string>* done)
     : path_(path), tokenizer_(tokenizer) {
-  fd_ = open(path.c_str(), O_RDWR | O_CREAT | O_APPEND | O_CLOEXEC, 0644);
+  constexpr int kFlags = O_RDWR | O_CREAT | O_APPEND | O_CLOEXEC;
+  fd_ = open(path.c_str(), kFlags | O_EXCL, 0644);
+  keep_ = fd_ < 0;
+  if (fd_ < 0 && errno == EEXIST) fd_ = open(path.c_str(), kFlags, 0644);
   if (fd_ < 0) {
     throw Error(ErrorClass::kIo, "output " + path + ": cannot be written: " + Reason());
   }
@@ -124,9 +127,13 @@ JsonlSink::JsonlSink(const std::string& path, bool resume, const Tokenizer& toke
   }
 }
 
-JsonlSink::~JsonlSink() { close(fd_); }
+JsonlSink::~JsonlSink() {
+  if (!keep_) unlink(path_.c_str());
+  close(fd_);
+}
 
 void JsonlSink::Append(std::string line) {
+  keep_ = true;
   line += '\n';
   size_t written = 0;
   while (written < line.size()) {

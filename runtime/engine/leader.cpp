@@ -51,6 +51,7 @@ Leader::Leader(const Job& job, ModelRank& rank, const Tokenizer& tokenizer, Requ
 
 void Leader::Run() {
   report_.Start();
+  sink_.Started();
   while (true) {
     ReadAhead();
     cluster::proto::StepPlan plan;
@@ -125,6 +126,15 @@ bool Leader::TryAdmit(Request& request) {
   if (pages + pages_promised_ > rank_.free_pages()) return false;
   Active active;
   if (rank_.link()) {
+    const auto segments =
+        job_.Segments(request.prompt.size(), static_cast<uint64_t>(request.max_tokens));
+    if (job_.config.engine().deterministic() && !FitsReply(job_.wire_shape(), segments.size())) {
+      Fail(request, 400,
+           "the request has " + std::to_string(segments.size()) +
+               " blocks, more than a reply can hold block by block; expected a larger "
+               "host.block_tokens, or engine.deterministic off");
+      return true;
+    }
     switch (shard_map_.Place(request.id, Demand(request), &active.placement)) {
       case cluster::ShardMap::Verdict::kWait:
         return false;

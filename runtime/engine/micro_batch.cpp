@@ -210,12 +210,6 @@ void MicroBatch::MergeReplies() {
   const model::TensorSlice& slice = w_.transformer.slice();
   const auto group = static_cast<int64_t>(w_.job.group());
   const auto d = static_cast<int64_t>(shape.head_dim);
-  for (const ReceivedPartial& p : got) {
-    if (p.row >= sequences_.size() || static_cast<int64_t>(p.kv_head) < slice.first_kv_head ||
-        static_cast<int64_t>(p.kv_head) >= slice.first_kv_head + slice.kv_heads) {
-      throw Error(ErrorClass::kCluster, "a host rank answered what it was not asked");
-    }
-  }
   std::stable_sort(got.begin(), got.end(), [](const auto& x, const auto& y) {
     return std::tie(x.row, x.kv_head, x.segment) < std::tie(y.row, y.kv_head, y.segment);
   });

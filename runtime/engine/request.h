@@ -65,6 +65,8 @@ class RequestSource {
 class ResultSink {
  public:
   virtual ~ResultSink() = default;
+  // The job is set up: results may come. A sink that goes before leaves nothing behind.
+  virtual void Started() {}
   virtual void Done(const Request& request, const Result& result) = 0;
   // HTTP-like status: 400 for what the request got wrong, 507 for what does not fit.
   virtual void Failed(const Request& request, int status, const std::string& message) = 0;

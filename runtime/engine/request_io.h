@@ -65,6 +65,7 @@ class JsonlSink : public ResultSink {
   JsonlSink(const JsonlSink&) = delete;
   JsonlSink& operator=(const JsonlSink&) = delete;
 
+  void Started() override { keep_ = true; }
   void Done(const Request& request, const Result& result) override;
   void Failed(const Request& request, int status, const std::string& message) override;
 
@@ -73,6 +74,7 @@ class JsonlSink : public ResultSink {
 
   std::string path_;
   int fd_ = -1;
+  bool keep_ = true;  // false: made by us, and nothing has come of the job yet
   const Tokenizer& tokenizer_;
 };
 

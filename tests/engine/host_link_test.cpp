@@ -103,20 +103,23 @@ class Model {
     }
   }
 
+  // Asks as `rows` rows of a micro-batch that all want the same.
   void Ask(const HostedRequest& hosted, int32_t layer, uint64_t step, uint64_t tokens,
-           ReplyBox* box) {
+           ReplyBox* box, uint32_t rows = 1) {
     const size_t l = job().wire_shape().l;
     std::vector<float> q;
     std::vector<uint16_t> codes;
-    for (size_t h = 0; h < static_cast<size_t>(spec_.kv_heads); ++h) {
-      q.insert(q.end(), Data(layer, h).q.begin(), Data(layer, h).q.end());
-      if (l > 0) {
+    std::vector<QueryRow> asking;
+    for (uint32_t row = 0; row < rows; ++row) {
+      asking.push_back({&hosted, tokens, !job().lsh(), row});
+      for (size_t h = 0; h < static_cast<size_t>(spec_.kv_heads); ++h) {
+        q.insert(q.end(), Data(layer, h).q.begin(), Data(layer, h).q.end());
+        if (l == 0) continue;
         const auto& queries = codes_[Index(layer, h)].queries;
         codes.insert(codes.end(), queries.begin(), queries.end());
       }
     }
-    const QueryRow row{&hosted, tokens, !job().lsh(), 0};
-    link_->SendQuery(0, layer, step, {&row, 1}, q.data(), codes.data(), box);
+    link_->SendQuery(0, layer, step, asking, q.data(), codes.data(), box);
   }
 
   // Merges the partials of `box` and compares every query head with float64.
@@ -187,7 +190,7 @@ void PrefillAndDecode(Model& model, PlacementMode mode, uint64_t id) {
     for (int32_t layer = 0; layer < layers; ++layer) {
       ReplyBox box;
       model.Ask(hosted, layer, id * 1000 + step, tokens, &box);
-      EXPECT_GE(box.expected, 1u);
+      EXPECT_GE(box.questions.size(), 1u);
       if (step > 0) {
         for (uint64_t t = tokens - 7; t < tokens; ++t) model.SendKv(hosted, layer, t, 1);
       }
@@ -243,7 +246,7 @@ TEST(HostLink, SampledAnswersAreThoseOfTheSampledSet) {
   for (int32_t layer = 0; layer < 2; ++layer) {
     ReplyBox box;
     model.Ask(hosted, layer, 1, tokens, &box);
-    EXPECT_EQ(box.expected, 2u);
+    EXPECT_EQ(box.questions.size(), 2u);
     model.PumpUntil([&] { return box.complete(); });
     ASSERT_FALSE(HasFatalFailure());
     model.Judge(box, layer, tokens);
@@ -285,7 +288,19 @@ TEST(HostLink, ForgedPartialsAreDropped) {
   inject([](FrameHeader& h, Payload&) { h.layer = 1; });
   inject([](FrameHeader& h, Payload&) { h.layer = 65535; });
   inject([](FrameHeader& h, Payload&) { h.micro_batch = 65535; });
+  inject([](FrameHeader& h, Payload&) { h.part = 1; });
   inject([](FrameHeader& h, Payload&) { h.count = 0xffffffff; });
+  // A partial of one KV head where three were asked for, of a row or of segments that were not.
+  inject([](FrameHeader&, Payload&) {});
+  const auto forge = [&](std::vector<cluster::PartialEntry> entries) {
+    inject([&](FrameHeader& h, Payload& p) {
+      h.count = static_cast<uint32_t>(entries.size());
+      p = cluster::BuildPartial(shape, entries, nullptr);
+    });
+  };
+  forge({{1, 0, 0, 0, -1, 0}, {1, 0, 0, 1, -1, 0}, {1, 0, 0, 1, -1, 0}});
+  forge({{1, 0, 0, 0, -1, 0}, {1, 0, 0, 1, -1, 0}, {1, 0, 1, 2, -1, 0}});
+  forge({{1, 0, 0, 0, 0, 0}, {1, 0, 0, 1, 0, 0}, {1, 0, 0, 2, 0, 0}});
   inject([](FrameHeader& h, Payload&) { h.count = 2; });
   inject([](FrameHeader&, Payload& p) { p.resize(p.size() - 1); });
   inject([](FrameHeader&, Payload& p) { p.resize(p.size() + 16); });
@@ -308,6 +323,34 @@ TEST(HostLink, ForgedPartialsAreDropped) {
   model.SendKv(hosted, 0, 0, tokens);
   model.PumpUntil([&] { return box.complete(); });
   model.Judge(box, 0, tokens);
+}
+
+// A batch whose queries, and then one whose replies, pass what one frame holds.
+TEST(HostLink, LargeBatchesGoInSeveralFrames) {
+  for (const bool by_segment : {false, true}) {
+    Model model({.hosts = 2,
+                 .kv_heads = 4,
+                 .group = 8,
+                 .head_dim = 128,
+                 .layers = 1,
+                 .settings = {"attention.estimator=FULL", "attention.no_dense_layers=true",
+                              "attention.window=16", "host.block_tokens=256", "host.threads=2",
+                              by_segment ? "engine.deterministic=true" : "engine.max_batch=4"}});
+    const HostedRequest hosted = model.Open(1, PlacementMode::kSequence, 2500, 1);
+    const uint64_t tokens = model.job().Offloaded(2500);
+    model.SendKv(hosted, 0, 0, tokens);
+    const uint32_t rows = by_segment ? 300 : 1100;
+    ReplyBox box;
+    model.Ask(hosted, 0, 1, tokens, &box, rows);
+    EXPECT_GT(box.questions.size(), 2u);
+    model.PumpUntil([&] { return box.complete(); });
+    ASSERT_FALSE(HasFatalFailure());
+    const size_t partials = by_segment ? hosted.SegmentOf(tokens - 1) + 1 : 2;
+    EXPECT_EQ(box.partials.size(), rows * 4 * partials);
+    // Every row asks the same: the last one's answer is that of the first.
+    std::erase_if(box.partials, [&](const ReceivedPartial& p) { return p.row != rows - 1; });
+    model.Judge(box, 0, tokens);
+  }
 }
 
 TEST(HostLink, AHostThatIsCutOffEndsTheWaitWithItsName) {

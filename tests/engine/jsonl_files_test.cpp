@@ -204,6 +204,20 @@ TEST_F(JsonlFiles, PathsThatCannotBeWritten) {
   ExpectIoError([&] { JsonlSink(fifo, false, *tokenizer_, &done); }, "expected a regular file");
 }
 
+TEST_F(JsonlFiles, AnOutputMadeForAJobThatNeverStartedGoes) {
+  Done done;
+  { JsonlSink sink(File("new.jsonl"), false, *tokenizer_, &done); }
+  EXPECT_FALSE(fs::exists(File("new.jsonl")));
+  const std::string empty = Write("empty.jsonl", "");
+  { JsonlSink sink(empty, false, *tokenizer_, &done); }
+  EXPECT_TRUE(fs::exists(empty)) << "it was the user's";
+  {
+    JsonlSink sink(File("none.jsonl"), false, *tokenizer_, &done);
+    sink.Started();
+  }
+  EXPECT_TRUE(fs::exists(File("none.jsonl"))) << "a job without requests has an empty result";
+}
+
 TEST_F(JsonlFiles, InputAndOutputMustDiffer) {
   const std::string in = Write("in.jsonl", "{}\n");
   fs::create_symlink(in, File("link.jsonl"));

@@ -89,7 +89,11 @@ TEST(Frame, SealedButWrongFieldsAreRefusedByName) {
       {[](FrameHeader& h) { h.version = 2; }, "wrong protocol version"},
       {[](FrameHeader& h) { h.type = FrameType{0}; }, "unknown frame type"},
       {[](FrameHeader& h) { h.type = FrameType{7}; }, "unknown frame type"},
-      {[](FrameHeader& h) { h.reserved = 1; }, "reserved is not zero"},
+      {[](FrameHeader& h) {
+         h.type = FrameType::kKv;
+         h.part = 1;
+       },
+       "a part of what has no parts"},
   };
   for (const auto& c : cases) {
     FrameHeader h = Valid();
@@ -145,11 +149,12 @@ TEST(FrameGate, StampedFramesAreAdmittedByThePeerAndSequencesRise) {
   for (int i = 0; i < 10; ++i) {
     FrameHeader h;
     h.type = FrameType::kPartial;
-    h.reserved = 5;  // whatever the caller left there
+    h.part = 5;
     sender.Stamp(h, 100);
     const auto admitted = receiver.Admit(BytesOf(h), 100);
     ASSERT_TRUE(admitted);
     EXPECT_EQ(admitted->source, 1);
+    EXPECT_EQ(admitted->part, 5u);
     EXPECT_GT(admitted->sequence, last);
     last = admitted->sequence;
   }
@@ -185,7 +190,8 @@ TEST(FrameGate, HostileHeadersAreNeverAdmittedMalformed) {
     ASSERT_EQ(h->version, kProtocolVersion);
     ASSERT_EQ(h->nonce, 77u);
     ASSERT_EQ(h->source, 1);
-    ASSERT_EQ(h->reserved, 0u);
+    const bool has_parts = h->type == FrameType::kQuery || h->type == FrameType::kPartial;
+    ASSERT_TRUE(h->part == 0 || has_parts);
     ASSERT_EQ(h->payload_bytes, payload);
     ASSERT_LE(payload, MaxPayloadBytes(h->type));
     ASSERT_GE(static_cast<int>(h->type), 1);

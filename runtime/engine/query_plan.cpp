@@ -1,0 +1,91 @@
+#include "runtime/engine/query_plan.h"
+
+#include <algorithm>
+
+#include "runtime/base/error.h"
+
+namespace passel::engine {
+namespace {
+
+constexpr uint64_t kPadding = 16;  // data of an entry is padded to 16 bytes: cluster/messages.h
+
+// Upper bounds of what one KV head of one row adds to a query, and one partial to a reply.
+uint64_t QueryBytes(const cluster::WireShape& s) {
+  const uint64_t head = uint64_t{s.head_dim} * sizeof(float) + uint64_t{s.l} * sizeof(uint16_t);
+  return sizeof(cluster::QueryEntry) + s.group * head + kPadding;
+}
+uint64_t PartialBytes(const cluster::WireShape& s) {
+  return sizeof(cluster::PartialEntry) +
+         uint64_t{s.group} * (uint64_t{s.head_dim} + 2) * sizeof(float) + kPadding;
+}
+uint64_t MostPartials(const cluster::WireShape& s) {
+  return std::min<uint64_t>(s.max_entries, cluster::kMaxPayloadBytes / PartialBytes(s));
+}
+
+// The partials of one row and KV head that `host` answers with.
+std::vector<PartialKey> PartialsOf(const QueryRow& row, uint32_t kv_head, uint32_t host,
+                                   bool by_segment) {
+  std::vector<PartialKey> keys;
+  const uint32_t segments = row.hosted->SegmentOf(row.offloaded_tokens - 1) + 1;
+  // Segments are striped: a host that owns any owns one of the first `hosts`.
+  const uint32_t looked_at =
+      by_segment ? segments : std::min(segments, row.hosted->placement.hosts);
+  for (uint32_t s = 0; s < looked_at; ++s) {
+    if (row.hosted->placement.Owner(kv_head, s) != host) continue;
+    keys.push_back({row.row, kv_head, by_segment ? static_cast<int32_t>(s) : -1});
+    if (!by_segment) break;
+  }
+  return keys;
+}
+
+}  // namespace
+
+uint32_t HostedRequest::SegmentOf(uint64_t token) const {
+  const auto it =
+      std::upper_bound(segments.begin(), segments.end(), token,
+                       [](uint64_t t, const host::SegmentSpec& s) { return t < s.first_token; });
+  Check(it != segments.begin(), "a token before the first segment");
+  return static_cast<uint32_t>(it - segments.begin() - 1);
+}
+
+bool FitsReply(const cluster::WireShape& shape, uint64_t segments) {
+  return segments <= MostPartials(shape);
+}
+
+std::vector<QueryFrame> PlanQueries(const cluster::WireShape& shape,
+                                    const model::TensorSlice& slice, std::span<const QueryRow> rows,
+                                    uint32_t host, bool by_segment) {
+  const uint64_t most_heads =
+      std::min<uint64_t>(shape.max_entries, cluster::kMaxPayloadBytes / QueryBytes(shape));
+  const uint64_t most_partials = MostPartials(shape);
+  const auto first = static_cast<uint32_t>(slice.first_kv_head);
+  std::vector<QueryFrame> frames;
+  uint64_t heads = 0;  // of the last frame
+  for (const QueryRow& row : rows) {
+    if (row.offloaded_tokens == 0) continue;
+    for (uint32_t h = first; h < first + static_cast<uint32_t>(slice.kv_heads); ++h) {
+      const std::vector<PartialKey> keys = PartialsOf(row, h, host, by_segment);
+      if (keys.empty()) continue;
+      Check(keys.size() <= most_partials, "a KV head with more segments than a reply can hold");
+      if (frames.empty() || heads == most_heads ||
+          frames.back().partials.size() + keys.size() > most_partials) {
+        frames.emplace_back();
+        heads = 0;
+      }
+      QueryFrame& frame = frames.back();
+      ++heads;
+      frame.partials.insert(frame.partials.end(), keys.begin(), keys.end());
+      const bool joins = !frame.entries.empty() && frame.entries.back().row == row.row &&
+                         frame.entries.back().first_kv_head + frame.entries.back().kv_heads == h;
+      if (joins) {
+        ++frame.entries.back().kv_heads;
+      } else {
+        frame.entries.push_back(
+            {row.hosted->request.value, row.offloaded_tokens, h, 1, row.exact ? 1u : 0u, row.row});
+      }
+    }
+  }
+  return frames;
+}
+
+}  // namespace passel::engine
