@@ -1,0 +1,148 @@
+// One attention layer on a host rank, caches cold, beside what the machine's memory allows. All
+// variants of a benchmark are interleaved: in every round each is timed once, after a flush. The
+// time of the benchmark is bf16 LSH's; the counters (docs/performance.md) hold medians.
+#include <benchmark/benchmark.h>
+
+#include <algorithm>
+#include <chrono>
+#include <memory>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "tools/bench/layer.h"
+#include "tools/bench/limits.h"
+
+namespace passel::bench {
+namespace {
+
+constexpr int kRounds = 15;
+
+double Median(std::vector<double> x) {
+  const auto middle = x.begin() + static_cast<std::ptrdiff_t>(x.size() / 2);
+  std::nth_element(x.begin(), middle, x.end());
+  return *middle;
+}
+
+// The layer of the last benchmark: the next one often has the same.
+const Layer& LayerOf(const Shape& shape) {
+  static std::unique_ptr<Layer> layer;
+  if (layer == nullptr || layer->shape() != shape) {
+    layer.reset();
+    layer = std::make_unique<Layer>(shape);
+  }
+  return *layer;
+}
+
+// A way to attend, and its times.
+struct Variant {
+  host::HostAttention* host;
+  host::AttendBatch batch;
+  uint32_t threads;
+  std::vector<double> total, probe, attend;
+
+  double Time(bool count) {
+    host::AttendBatch::Times times;
+    batch.times = &times;
+    const auto start = std::chrono::steady_clock::now();
+    Attend(*host, batch);
+    const std::chrono::duration<double, std::milli> ms = std::chrono::steady_clock::now() - start;
+    if (!count) return ms.count();
+    total.push_back(ms.count());
+    probe.push_back(static_cast<double>(times.probe_ns) * 1e-6 / threads);
+    attend.push_back(static_cast<double>(times.attend_ns) * 1e-6 / threads);
+    return ms.count();
+  }
+};
+
+void LayerBenchmark(benchmark::State& state, const Shape& shape, uint32_t threads) {
+  const Layer& layer = LayerOf(shape);
+  const auto bf16_host = MakeHost(layer, host::KvType::kBf16, threads);
+  const auto int8_host = MakeHost(layer, host::KvType::kInt8, threads);
+  Variant lsh{bf16_host.get(), MakeBatch(layer, false), threads, {}, {}, {}};
+  Variant int8{int8_host.get(), MakeBatch(layer, false), threads, {}, {}, {}};
+  Variant full{bf16_host.get(), MakeBatch(layer, true), threads, {}, {}, {}};
+
+  // Untimed: waits for the tables, touches every page, and tells what is sampled.
+  host::AttendBatch first = lsh.batch;
+  first.collect_ids = true;
+  std::vector<std::vector<uint64_t>> sampled;
+  double pairs = 0;
+  for (host::PartialItem& p : Attend(*bf16_host, first)) {
+    for (std::vector<uint64_t>& ids : p.ids) {
+      pairs += static_cast<double>(ids.size());
+      sampled.push_back(std::move(ids));
+    }
+  }
+  int8.Time(false);
+  full.Time(false);
+  Limits limits(layer, sampled);
+  Crew crew(threads);
+  CacheFlusher flusher;
+  std::vector<double> gather, gather8, sequential;
+  for (auto _ : state) {
+    flusher.Flush();
+    state.SetIterationTime(lsh.Time(true) * 1e-3);
+    flusher.Flush();
+    gather.push_back(limits.Gather(crew, host::KvType::kBf16));
+    flusher.Flush();
+    int8.Time(true);
+    flusher.Flush();
+    gather8.push_back(limits.Gather(crew, host::KvType::kInt8));
+    flusher.Flush();
+    full.Time(true);
+    sequential.push_back(limits.Sequential(crew, host::KvType::kBf16, [&] { flusher.Flush(); }));
+  }
+  const double t = Median(lsh.total), t8 = Median(int8.total), f = Median(full.total);
+  const double g = Median(gather), g8 = Median(gather8), s = Median(sequential);
+  auto& out = state.counters;
+  out["sampled_pct"] = 100 * pairs / static_cast<double>(shape.n * layer.streams() * kGroup);
+  out["lsh_ms"] = t;
+  out["lsh_probe_ms"] = Median(lsh.probe);
+  out["lsh_attend_ms"] = Median(lsh.attend);
+  out["lsh_limit_ms"] = g;
+  out["lsh_to_limit"] = t / g;
+  out["int8_ms"] = t8;
+  out["int8_limit_ms"] = g8;
+  out["int8_to_limit"] = t8 / g8;
+  out["full_ms"] = f;
+  out["sequential_ms"] = s;
+  out["full_of_sequential"] = s / f;
+  out["full_to_lsh"] = f / t;
+  out["sequential_GBps"] = static_cast<double>(limits.row_bytes(host::KvType::kBf16)) / s * 1e-6;
+  out["gather_GBps"] = static_cast<double>(limits.gather_bytes(host::KvType::kBf16)) / g * 1e-6;
+}
+
+void Register(const Shape& shape, uint32_t threads) {
+  const std::string name =
+      "layer/n:" + std::to_string(shape.n) + "/batch:" + std::to_string(shape.batch) +
+      "/K:" + std::to_string(shape.k) + "/L:" + std::to_string(shape.l) +
+      (shape.clustered ? "/clustered" : "/iid") + "/threads:" + std::to_string(threads);
+  benchmark::RegisterBenchmark(
+      name.c_str(), [=](benchmark::State& state) { LayerBenchmark(state, shape, threads); })
+      ->UseManualTime()
+      ->Iterations(kRounds)
+      ->Unit(benchmark::kMillisecond);
+}
+
+}  // namespace
+}  // namespace passel::bench
+
+// Arguments: Google Benchmark's; `million` adds n = 1,048,576 (about 20 GiB of memory).
+int main(int argc, char** argv) {
+  using passel::bench::Shape;
+  benchmark::Initialize(&argc, argv);
+  std::vector<Shape> shapes = {{16384, 1, 10, 150, true}, {16384, 8, 10, 150, true},
+                               {98304, 1, 10, 150, true}, {98304, 1, 10, 150, false},
+                               {98304, 1, 10, 170, true}, {98304, 1, 11, 300, true},
+                               {98304, 1, 8, 75, true}};
+  if (argc > 1 && std::string(argv[1]) == "million") shapes.push_back({1048576, 1, 10, 150, true});
+  const uint32_t cores = std::max(1u, std::thread::hardware_concurrency());
+  for (const Shape& shape : shapes) {
+    for (const uint32_t threads : {1u, 2u, 4u, 16u}) {
+      if (threads <= cores) passel::bench::Register(shape, threads);
+    }
+  }
+  benchmark::RunSpecifiedBenchmarks();
+  benchmark::Shutdown();
+}

@@ -1,0 +1,58 @@
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "host_attention/host_attention.h"
+#include "runtime/base/bf16.h"
+
+namespace passel::bench {
+
+// Llama-3.1-8B's attention layer.
+inline constexpr uint32_t kKvHeads = 8, kGroup = 4, kHeads = kKvHeads * kGroup, kHeadDim = 128;
+
+struct Shape {
+  uint64_t n = 0;      // tokens of each request
+  uint32_t batch = 1;  // requests
+  uint32_t k = 10, l = 150;
+  // q, k, v ~ N(0, 1); where clustered, 0.75% of the keys stand at cosine 0.3 … 0.8 to one of the
+  // group's queries.
+  bool clustered = true;
+  bool operator==(const Shape&) const = default;
+};
+
+// The keys, values, queries and codes of a shape. A stream is one KV head of one request.
+class Layer {
+ public:
+  explicit Layer(const Shape& shape);
+
+  const Shape& shape() const { return shape_; }
+  uint32_t streams() const { return shape_.batch * kKvHeads; }
+  // [n, 2, kHeadDim]; aligned to 64 bytes.
+  const bf16* rows(uint32_t stream) const;
+  const uint16_t* codes(uint32_t stream) const { return codes_[stream].data(); }  // [n, l]
+  const float* q(uint32_t stream) const;               // [kGroup, kHeadDim], exact in bf16
+  const uint16_t* query_codes(uint32_t stream) const;  // [kGroup, l]
+  const std::vector<float>& mean(uint32_t stream) const { return means_[stream]; }
+
+ private:
+  void Generate(uint32_t stream);
+
+  const Shape shape_;
+  std::vector<std::vector<std::byte>> rows_;
+  std::vector<std::vector<uint16_t>> codes_;
+  std::vector<float> q_;
+  std::vector<uint16_t> query_codes_;
+  std::vector<std::vector<float>> means_;
+};
+
+// A host rank that holds all of a layer; request r is RequestId(r + 1), everything is layer 0.
+std::unique_ptr<host::HostAttention> MakeHost(const Layer& layer, host::KvType type,
+                                              uint32_t threads);
+// Queries of every stream. `exact`: attended as FULL.
+host::AttendBatch MakeBatch(const Layer& layer, bool exact);
+// Waits for the answer.
+std::vector<host::PartialItem> Attend(host::HostAttention& host, const host::AttendBatch& batch);
+
+}  // namespace passel::bench
