@@ -54,18 +54,6 @@ std::unique_ptr<gpu::Device> MakeDevice(const config::Config& config) {
   return gpu::MakeCpuDevice(options);
 }
 
-void CheckAgainstModel(const engine::Job& job) {
-  cluster::DenseLayers(job.config.attention(), static_cast<uint32_t>(job.model.layers));
-  // Decoding attends the whole cache; a window would have to bound it.
-  if (job.model.sliding_window > 0 && job.model.sliding_window < job.model.context_length) {
-    throw Error(ErrorClass::kModel,
-                job.config.model().path() + ": sliding_window of " +
-                    std::to_string(job.model.sliding_window) +
-                    " tokens is not served in decoding; expected a model that attends its whole "
-                    "context");
-  }
-}
-
 void PrintRanks(const engine::Job& job, const cluster::Machine& machine) {
   fmt::print("{:>5}  {:<6} {:<20} {:>6} {:>16}\n", "rank", "role", "node", "cpus", "bytes");
   for (const auto& r : job.ranks) {
@@ -100,7 +88,7 @@ void SetUp(cluster::Launch& launch, const JobOptions& options, const WorkMaker& 
 
   uint64_t memory = 0;
   launch.Agree([&] {
-    CheckAgainstModel(job);
+    cluster::DenseLayers(job.config.attention(), static_cast<uint32_t>(job.model.layers));
     // UCX reads its environment before other threads start.
     if (job.hosts() > 0) rank->channel = transport::MakeUcxChannel({job.self});
     if (rank->is_model()) {
@@ -143,6 +131,12 @@ void SetUp(cluster::Launch& launch, const JobOptions& options, const WorkMaker& 
     }
   });
   rank->started = true;
+  if (rank->leads() && job.hosts() > 0 && job.sliding()) {
+    spdlog::warn(
+        "the model attends a sliding window of {} tokens, kept on the model rank; the {} "
+        "host ranks hold nothing",
+        job.model.sliding_window, job.hosts());
+  }
   if (rank->leads() && rank->work.progress) {
     spdlog::info("{} on {}; {} host ranks{}", rank->file->config().architecture,
                  rank->device->info().name, job.hosts(),

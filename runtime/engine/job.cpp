@@ -54,9 +54,10 @@ host::Options Job::host_options(uint64_t memory_bytes) const {
 }
 
 std::vector<Job::LayerKind> Job::layer_kinds() const {
+  const bool resident = hosts() == 0 || sliding();
   std::vector<LayerKind> kinds(static_cast<size_t>(model.layers),
-                               hosts() > 0 ? LayerKind::kSampled : LayerKind::kResident);
-  if (hosts() == 0) return kinds;
+                               resident ? LayerKind::kResident : LayerKind::kSampled);
+  if (resident) return kinds;
   const bool on_hosts = config.attention().dense_kv() == config::HOST;
   for (const uint32_t layer :
        cluster::DenseLayers(config.attention(), static_cast<uint32_t>(model.layers))) {
@@ -66,6 +67,7 @@ std::vector<Job::LayerKind> Job::layer_kinds() const {
 }
 
 uint64_t Job::Offloaded(uint64_t tokens) const {
+  if (sliding()) return 0;
   const uint64_t kept = config.attention().sinks() + config.attention().window();
   return tokens > kept ? tokens - kept : 0;
 }

@@ -33,11 +33,17 @@ struct Job {
   cluster::WireShape wire_shape() const;
   host::Options host_options(uint64_t memory_bytes) const;
 
+  // Whether the model attends a sliding window, which then is all that is kept of a sequence: on
+  // the model rank, exact; host ranks hold nothing.
+  bool sliding() const {
+    return model.sliding_window > 0 && model.sliding_window < model.context_length;
+  }
   // How a layer is attended.
   enum class LayerKind : uint8_t { kResident, kDenseOnHosts, kSampled };
   std::vector<LayerKind> layer_kinds() const;
 
-  // Offloaded tokens of a sequence of `tokens` tokens: all but sinks and window.
+  // Offloaded tokens of a sequence of `tokens` tokens: all but sinks and window; none where the
+  // model slides.
   uint64_t Offloaded(uint64_t tokens) const;
   // Segments of a request, as every rank computes them.
   std::vector<host::SegmentSpec> Segments(uint64_t prompt_tokens, uint64_t max_tokens) const;

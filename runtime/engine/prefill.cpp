@@ -83,6 +83,8 @@ void PrefillJob::FinishLayer() {
   if (w_.kinds[layer] != Job::LayerKind::kResident) {
     sinks = std::min<int64_t>(n, w_.job.config.attention().sinks());
     first = std::max(sinks, n - w_.job.config.attention().window());
+  } else if (w_.job.sliding()) {
+    first = std::max<int64_t>(0, n - w_.job.model.sliding_window);
   }
   for (const auto& [begin, end] : {std::pair{int64_t{0}, sinks}, std::pair{first, n}}) {
     if (begin == end) continue;

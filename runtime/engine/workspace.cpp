@@ -4,14 +4,18 @@
 namespace passel::engine {
 
 int64_t Workspace::SlotOf(int32_t layer, int64_t position) const {
-  if (kinds[static_cast<size_t>(layer)] == Job::LayerKind::kResident) return position;
+  if (kinds[static_cast<size_t>(layer)] == Job::LayerKind::kResident) {
+    return job.sliding() ? position % job.model.sliding_window : position;
+  }
   const int64_t sinks = job.config.attention().sinks();
   const int64_t window = job.config.attention().window();
   return position < sinks ? position : sinks + (position - sinks) % window;
 }
 
 int64_t Workspace::SlotsOf(int32_t layer, int64_t tokens) const {
-  if (kinds[static_cast<size_t>(layer)] == Job::LayerKind::kResident) return tokens;
+  if (kinds[static_cast<size_t>(layer)] == Job::LayerKind::kResident) {
+    return job.sliding() ? std::min(tokens, job.model.sliding_window) : tokens;
+  }
   return std::min<int64_t>(tokens,
                            job.config.attention().sinks() + job.config.attention().window());
 }
