@@ -14,7 +14,7 @@
 namespace passel::cluster {
 namespace {
 
-constexpr uint64_t kMaxAddressBytes = 64 * 1024;
+constexpr uint64_t kMaxAddressBytes = uint64_t{64} << 10;
 constexpr int32_t kNoRole = -1;
 
 // What a rank tells the others when roles are given out.

@@ -7,6 +7,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # 16: the first that is on Debian 12 and Ubuntu 24.04 and reads GCC 12's <source_location>.
 ./tools/setup.sh clang-tidy-16
 [[ -f build/debug/compile_commands.json ]] || cmake --preset debug -DPASSEL_CUDA=OFF
+# The headers that protoc writes.
+cmake --build build/debug --target passel_config passel_control
 files=("$@")
 if ((${#files[@]} == 0)); then
   mapfile -t files < <(git ls-files -- '*.cpp')

@@ -123,7 +123,7 @@ int Main(int argc, char** argv) {
     engine::CheckDistinct(input, output);
     std::unordered_set<std::string> done;
     // The input is opened first: a wrong path must not leave an empty output behind.
-    engine::JsonlSource(input, tokenizer, defaults, {});
+    { const engine::JsonlSource probe(input, tokenizer, defaults, {}); }
     work.sink = std::make_unique<engine::JsonlSink>(output, resume, tokenizer, &done);
     work.source =
         std::make_unique<engine::JsonlSource>(input, tokenizer, defaults, std::move(done));

@@ -168,7 +168,7 @@ void HostRank::OnQuery(const transport::FrameHeader& header, std::span<const std
   auto views = cluster::ParseQuery(shape_, header.count, query->payload, &why);
   if (!views) return Drop(header, why);
   query->views = std::move(*views);
-  if (Ready(*query)) return Start(std::move(query));
+  if (Ready(*query)) return Start(query);
   if (waiting_bytes_ + query->bytes() > kMaxWaitingBytes) {
     return Drop(header, "too many queries wait for tokens");
   }
@@ -194,14 +194,14 @@ void HostRank::RetryWaiting() {
     waiting_.pop_front();
     if (Ready(*query)) {
       waiting_bytes_ -= query->bytes();
-      Start(std::move(query));
+      Start(query);
     } else {
       waiting_.push_back(std::move(query));
     }
   }
 }
 
-void HostRank::Start(std::shared_ptr<Query> query) {
+void HostRank::Start(const std::shared_ptr<Query>& query) {
   host::AttendBatch batch;
   batch.layer = query->header.layer;
   const size_t head_floats = size_t{shape_.group} * shape_.head_dim;

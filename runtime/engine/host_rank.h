@@ -54,7 +54,7 @@ class HostRank {
   void Open(const cluster::proto::OpenRequest& open);
   void Drop(const transport::FrameHeader& header, const std::string& why);
   bool Ready(const Query& query) const;
-  void Start(std::shared_ptr<Query> query);
+  void Start(const std::shared_ptr<Query>& query);
   void Reply(const Query& query, const std::vector<host::PartialItem>& items);
   void RetryWaiting();
   void SendControl(RankId to, const cluster::proto::Control& message);

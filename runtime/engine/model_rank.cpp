@@ -13,7 +13,6 @@ ModelRank::ModelRank(const Job& job, gpu::Device& device, const model::Transform
                      ControlHandler on_control)
     : job_(job),
       device_(device),
-      transformer_(transformer),
       collectives_(collectives),
       link_(channel && job.hosts() > 0
                 ? std::make_unique<HostLink>(job, *channel, transformer.slice(),

@@ -51,7 +51,6 @@ class ModelRank {
 
   const Job& job_;
   gpu::Device& device_;
-  const model::Transformer& transformer_;
   Collectives& collectives_;
   std::unique_ptr<HostLink> link_;
   Workspace workspace_;
