@@ -99,6 +99,7 @@ class MicroBatch {
   void FinishLayer();
   void MergeReplies();
   bool Sampled() const { return w_.kinds[static_cast<size_t>(layer_)] == Job::LayerKind::kSampled; }
+  bool SampledRow(uint32_t row) const { return Sampled() && !rows_[row].exact; }
 
   Workspace& w_;
   uint16_t number_;
@@ -115,6 +116,7 @@ class MicroBatch {
   std::vector<Sequence*> sequences_;
   std::vector<int64_t> positions_;
   std::vector<QueryRow> rows_;
+  std::vector<QueryFrame> plan_;
   ReplyBox box_;
 };
 

@@ -82,46 +82,52 @@ void HostLink::Send(uint32_t host, transport::FrameHeader header, std::vector<st
   channel_.Send(host_ranks_[host], transport::OutgoingFrame::Own(header, std::move(payload)));
 }
 
+std::vector<QueryFrame> HostLink::Plan(std::span<const QueryRow> rows) const {
+  return PlanQueries(shape_, slice_, rows, hosts(), job_.deterministic());
+}
+
 void HostLink::SendQuery(uint16_t micro_batch, int32_t layer, uint64_t step,
-                         std::span<const QueryRow> rows, const float* q, const uint16_t* codes,
-                         ReplyBox* box) {
+                         const std::vector<QueryFrame>& plan, bool all_exact, const float* q,
+                         const uint16_t* codes, ReplyBox* box) {
   const auto first = static_cast<uint32_t>(slice_.first_kv_head);
   const auto heads = static_cast<size_t>(slice_.kv_heads);
-  const bool by_segment = job_.config.engine().deterministic();
-  *box = ReplyBox{};
   box->step = step;
   box->layer = layer;
+  box->plan = &plan;
+  box->answered.assign(plan.size(), false);
+  box->open = plan.size();
+  box->partials.clear();
+  box->values.clear();
   if (boxes_.size() <= micro_batch) boxes_.resize(micro_batch + size_t{1});
   boxes_[micro_batch] = box;
 
   const size_t head_q = size_t{shape_.group} * shape_.head_dim;
   const size_t head_codes = size_t{shape_.group} * shape_.l;
-  for (uint32_t host = 0; host < hosts(); ++host) {
-    uint32_t part = 0;
-    for (QueryFrame& frame : PlanQueries(shape_, slice_, rows, host, by_segment)) {
-      std::vector<cluster::QuerySpace> spaces;
-      auto payload = cluster::BuildQuery(shape_, frame.entries, &spaces);
-      for (size_t i = 0; i < spaces.size(); ++i) {
-        const cluster::QueryEntry& e = frame.entries[i];
-        const size_t at = e.row * heads + (e.first_kv_head - first);
-        std::copy_n(q + at * head_q, spaces[i].q.size(), spaces[i].q.begin());
-        if (!spaces[i].codes.empty()) {
-          std::copy_n(codes + at * head_codes, spaces[i].codes.size(), spaces[i].codes.begin());
-        }
-      }
-      transport::FrameHeader h;
-      h.type = transport::FrameType::kQuery;
-      h.layer = static_cast<uint16_t>(layer);
-      h.micro_batch = micro_batch;
-      h.step = step;
-      h.part = part;
-      h.count = static_cast<uint32_t>(frame.entries.size());
-      health_.Asked(host_ranks_[host], Ticket(step, layer, micro_batch, part), Clock::now());
-      box->questions.push_back({host_ranks_[host], part, std::move(frame.partials)});
-      ++box->open;
-      ++part;
-      Send(host, h, std::move(payload));
+  std::vector<cluster::QueryEntry> entries;
+  std::vector<cluster::QuerySpace> spaces;
+  for (const QueryFrame& frame : plan) {
+    entries = frame.entries;
+    if (all_exact) {
+      for (cluster::QueryEntry& e : entries) e.exact = 1;
     }
+    auto payload = cluster::BuildQuery(shape_, entries, &spaces);
+    for (size_t i = 0; i < spaces.size(); ++i) {
+      const size_t at = entries[i].row * heads + (entries[i].first_kv_head - first);
+      std::copy_n(q + at * head_q, spaces[i].q.size(), spaces[i].q.begin());
+      if (!spaces[i].codes.empty()) {
+        std::copy_n(codes + at * head_codes, spaces[i].codes.size(), spaces[i].codes.begin());
+      }
+    }
+    transport::FrameHeader h;
+    h.type = transport::FrameType::kQuery;
+    h.layer = static_cast<uint16_t>(layer);
+    h.micro_batch = micro_batch;
+    h.step = step;
+    h.part = frame.part;
+    h.count = static_cast<uint32_t>(entries.size());
+    const uint64_t ticket = Ticket(step, layer, micro_batch, frame.part);
+    health_.Asked(host_ranks_[frame.host], ticket, Clock::now());
+    Send(frame.host, h, std::move(payload));
   }
 }
 
@@ -222,32 +228,34 @@ void HostLink::OnPartial(const transport::FrameHeader& header, std::span<const s
   };
   const RankId from(header.source);
   ReplyBox* box = header.micro_batch < boxes_.size() ? boxes_[header.micro_batch] : nullptr;
-  if (!box || box->step != header.step || box->layer != header.layer) return drop("not asked for");
-  const auto question =
-      std::find_if(box->questions.begin(), box->questions.end(), [&](const Question& asked) {
-        return asked.host == from && asked.part == header.part && !asked.answered;
-      });
-  if (question == box->questions.end()) return drop("not asked for");
+  if (!box || box->step != header.step || box->layer != header.layer || box->complete()) {
+    return drop("not asked for");
+  }
+  const auto& plan = *box->plan;
+  const auto frame = std::find_if(plan.begin(), plan.end(), [&](const QueryFrame& f) {
+    return host_ranks_[f.host] == from && f.part == header.part;
+  });
+  const auto number = static_cast<size_t>(frame - plan.begin());
+  if (frame == plan.end() || box->answered[number]) return drop("not asked for");
   std::string why;
   const auto views = cluster::ParsePartial(shape_, header.count, payload, &why);
   if (!views) return drop(why);
   std::vector<PartialKey> keys;
+  keys.reserve(views->size());
   for (const cluster::PartialView& v : *views) {
     keys.push_back({v.entry->row, v.entry->kv_head, v.entry->segment});
   }
   std::sort(keys.begin(), keys.end());
-  if (keys != question->partials) return drop("other partials than those asked for");
+  if (keys != frame->partials) return drop("other partials than those asked for");
   for (const cluster::PartialView& v : *views) {
-    box->partials.push_back({v.entry->row,
-                             v.entry->kv_head,
-                             v.entry->segment,
-                             v.entry->sampled_tokens,
-                             {v.max.begin(), v.max.end()},
-                             {v.den.begin(), v.den.end()},
-                             {v.num.begin(), v.num.end()}});
+    const PartialKey key{v.entry->row, v.entry->kv_head, v.entry->segment};
+    box->partials.push_back({key, v.entry->sampled_tokens, box->values.size()});
+    for (const auto part : {v.max, v.den, v.num}) {
+      box->values.insert(box->values.end(), part.begin(), part.end());
+    }
   }
   health_.Answered(from, Ticket(header.step, header.layer, header.micro_batch, header.part));
-  question->answered = true;
+  box->answered[number] = true;
   --box->open;
 }
 

@@ -19,28 +19,20 @@ namespace passel::engine {
 
 // One (row, KV head, segment)'s partial, out of a reply.
 struct ReceivedPartial {
-  uint32_t row;
-  uint32_t kv_head;
-  int32_t segment;
+  PartialKey key;
   uint64_t sampled_tokens;
-  std::vector<float> max, den, num;  // [group], [group], [group, head_dim]
+  size_t at;  // in ReplyBox::values: max [group], den [group], num [group, head_dim]
 };
 
-// A query frame on its way, and the partials that answer it.
-struct Question {
-  RankId host;
-  uint32_t part;  // of this host's frames
-  std::vector<PartialKey> partials;
-  bool answered = false;
-};
-
-// The replies that a micro-batch waits for.
+// The replies that a micro-batch waits for, one a frame of `plan`.
 struct ReplyBox {
   uint64_t step = 0;
   int32_t layer = -1;
-  std::vector<Question> questions;
-  uint32_t open = 0;  // questions not answered yet
+  const std::vector<QueryFrame>* plan = nullptr;
+  std::vector<bool> answered;  // by frame
+  size_t open = 0;             // frames not answered yet
   std::vector<ReceivedPartial> partials;
+  std::vector<float> values;
 
   bool complete() const { return open == 0; }
 };
@@ -56,11 +48,14 @@ class HostLink {
   // host rank is lost or hangs.
   void Pump(std::chrono::milliseconds wait);
 
-  // Asks every host that holds tokens of `rows`; the answers collect in `box`, which must stay
-  // where it is until complete. q: [rows', heads·head_dim], codes: [rows', heads·l], indexed by
-  // row.
-  void SendQuery(uint16_t micro_batch, int32_t layer, uint64_t step, std::span<const QueryRow> rows,
-                 const float* q, const uint16_t* codes, ReplyBox* box);
+  // The frames that ask for `rows`, for SendQuery of every layer of a step.
+  std::vector<QueryFrame> Plan(std::span<const QueryRow> rows) const;
+  // Asks every host of `plan`; the answers collect in `box`, which must stay where it is, as the
+  // plan, until complete. all_exact: whatever the rows say. q: [rows, heads·head_dim], codes:
+  // [rows, heads·l] (null where all_exact), indexed by row.
+  void SendQuery(uint16_t micro_batch, int32_t layer, uint64_t step,
+                 const std::vector<QueryFrame>& plan, bool all_exact, const float* q,
+                 const uint16_t* codes, ReplyBox* box);
   // Tokens [first_token, first_token + count) of one request and layer, all KV heads of this rank.
   // k, v: [count, kv_heads·head_dim]; codes: [count, kv_heads·l] or null.
   void SendKv(const HostedRequest& hosted, int32_t layer, uint64_t first_token, uint64_t count,

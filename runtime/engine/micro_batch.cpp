@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <tuple>
 
 #include "runtime/base/error.h"
 #include "runtime/engine/executor.h"
@@ -72,8 +71,12 @@ void MicroBatch::Start(std::span<Sequence* const> sequences, std::span<const int
     positions_.push_back(s.tokens);
     ++s.tokens;
     const uint64_t offloaded = w_.job.Offloaded(static_cast<uint64_t>(s.tokens));
-    rows_.push_back({&s.hosted, offloaded, false, row});
+    // Short contexts are attended exactly.
+    const bool exact = w_.job.config.attention().estimator() == config::FULL ||
+                       offloaded < w_.job.config.attention().exact_below();
+    rows_.push_back({&s.hosted, offloaded, exact, row});
   }
+  if (w_.link) plan_ = w_.link->Plan(rows_);
   w_.transformer.Embed(*a_, tokens);
   state_ = State::kLayer;
 }
@@ -106,7 +109,6 @@ void MicroBatch::BeginLayer() {
   w_.device.StoreKv(places.pages, places.slots, a_->k.Rows(0, n), a_->v.Rows(0, n));
 
   const bool hosted = w_.kinds[layer] != Job::LayerKind::kResident;
-  box_ = ReplyBox{};
   if (hosted) {
     const gpu::Tensor q = a_->q.Rows(0, n);
     const auto cols = static_cast<size_t>(q.cols);
@@ -134,14 +136,10 @@ void MicroBatch::BeginLayer() {
 }
 
 void MicroBatch::HandOver() {
-  // Short contexts and dense layers are attended exactly.
-  for (QueryRow& row : rows_) {
-    row.exact = !Sampled() || w_.job.config.attention().estimator() == config::FULL ||
-                row.offloaded_tokens < w_.job.config.attention().exact_below();
-  }
-  w_.link->SendQuery(number_, layer_, step_, rows_, static_cast<const float*>(q_host_->data()),
-                     codes_host_ ? static_cast<const uint16_t*>(codes_host_->data()) : nullptr,
-                     &box_);
+  // Dense layers are attended exactly.
+  w_.link->SendQuery(
+      number_, layer_, step_, plan_, !Sampled(), static_cast<const float*>(q_host_->data()),
+      codes_host_ ? static_cast<const uint16_t*>(codes_host_->data()) : nullptr, &box_);
   SendEvicted();
   state_ = State::kHosts;
 }
@@ -205,14 +203,12 @@ void MicroBatch::FinishLayer() {
 // Window first, then the hosts' partials by segment: the same order whoever answered first.
 void MicroBatch::MergeReplies() {
   std::vector<ReceivedPartial>& got = box_.partials;
-  if (got.empty()) return;
+  if (w_.kinds[static_cast<size_t>(layer_)] == Job::LayerKind::kResident || got.empty()) return;
   const gpu::AttentionShape shape = w_.transformer.attention_shape();
   const model::TensorSlice& slice = w_.transformer.slice();
   const auto group = static_cast<int64_t>(w_.job.group());
   const auto d = static_cast<int64_t>(shape.head_dim);
-  std::stable_sort(got.begin(), got.end(), [](const auto& x, const auto& y) {
-    return std::tie(x.row, x.kv_head, x.segment) < std::tie(y.row, y.kv_head, y.segment);
-  });
+  std::sort(got.begin(), got.end(), [](const auto& x, const auto& y) { return x.key < y.key; });
   const auto entries = static_cast<int64_t>(got.size());
   const size_t floats = static_cast<size_t>(entries * group * (d + 2));
   if (!reply_memory_ || reply_memory_->bytes() < floats * sizeof(float)) {
@@ -226,16 +222,17 @@ void MicroBatch::MergeReplies() {
   std::vector<int32_t> rows, heads;
   for (int64_t i = 0; i < entries; ++i) {
     const ReceivedPartial& p = got[static_cast<size_t>(i)];
-    std::copy(p.max.begin(), p.max.end(), static_cast<float*>(from.max.Rows(i, 1).data));
-    std::copy(p.den.begin(), p.den.end(), static_cast<float*>(from.den.Rows(i, 1).data));
-    std::copy(p.num.begin(), p.num.end(), static_cast<float*>(from.num.Rows(i, 1).data));
-    rows.push_back(static_cast<int32_t>(p.row));
-    heads.push_back((static_cast<int32_t>(p.kv_head) - slice.first_kv_head) *
+    const float* values = &box_.values[p.at];
+    std::copy_n(values, group, static_cast<float*>(from.max.Rows(i, 1).data));
+    std::copy_n(values + group, group, static_cast<float*>(from.den.Rows(i, 1).data));
+    std::copy_n(values + 2 * group, group * d, static_cast<float*>(from.num.Rows(i, 1).data));
+    rows.push_back(static_cast<int32_t>(p.key.row));
+    heads.push_back((static_cast<int32_t>(p.key.kv_head) - slice.first_kv_head) *
                     static_cast<int32_t>(group));
-    if (!rows_[p.row].exact) sequences_[p.row]->sampled += p.sampled_tokens;
+    if (SampledRow(p.key.row)) sequences_[p.key.row]->sampled += p.sampled_tokens;
   }
   for (const QueryRow& row : rows_) {
-    if (!row.exact) {
+    if (SampledRow(row.row)) {
       sequences_[row.row]->asked +=
           row.offloaded_tokens * static_cast<uint64_t>(slice.kv_heads) * w_.job.group();
     }

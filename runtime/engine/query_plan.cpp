@@ -22,20 +22,18 @@ uint64_t MostPartials(const cluster::WireShape& s) {
   return std::min<uint64_t>(s.max_entries, cluster::kMaxPayloadBytes / PartialBytes(s));
 }
 
-// The partials of one row and KV head that `host` answers with.
-std::vector<PartialKey> PartialsOf(const QueryRow& row, uint32_t kv_head, uint32_t host,
-                                   bool by_segment) {
-  std::vector<PartialKey> keys;
+// Appends the partials of one row and KV head that `host` answers with.
+void AddPartials(const QueryRow& row, uint32_t kv_head, uint32_t host, bool by_segment,
+                 std::vector<PartialKey>* keys) {
   const uint32_t segments = row.hosted->SegmentOf(row.offloaded_tokens - 1) + 1;
   // Segments are striped: a host that owns any owns one of the first `hosts`.
   const uint32_t looked_at =
       by_segment ? segments : std::min(segments, row.hosted->placement.hosts);
   for (uint32_t s = 0; s < looked_at; ++s) {
     if (row.hosted->placement.Owner(kv_head, s) != host) continue;
-    keys.push_back({row.row, kv_head, by_segment ? static_cast<int32_t>(s) : -1});
-    if (!by_segment) break;
+    keys->push_back({row.row, kv_head, by_segment ? static_cast<int32_t>(s) : -1});
+    if (!by_segment) return;
   }
-  return keys;
 }
 
 }  // namespace
@@ -54,34 +52,38 @@ bool FitsReply(const cluster::WireShape& shape, uint64_t segments) {
 
 std::vector<QueryFrame> PlanQueries(const cluster::WireShape& shape,
                                     const model::TensorSlice& slice, std::span<const QueryRow> rows,
-                                    uint32_t host, bool by_segment) {
+                                    uint32_t hosts, bool by_segment) {
   const uint64_t most_heads =
       std::min<uint64_t>(shape.max_entries, cluster::kMaxPayloadBytes / QueryBytes(shape));
   const uint64_t most_partials = MostPartials(shape);
   const auto first = static_cast<uint32_t>(slice.first_kv_head);
   std::vector<QueryFrame> frames;
-  uint64_t heads = 0;  // of the last frame
-  for (const QueryRow& row : rows) {
-    if (row.offloaded_tokens == 0) continue;
-    for (uint32_t h = first; h < first + static_cast<uint32_t>(slice.kv_heads); ++h) {
-      const std::vector<PartialKey> keys = PartialsOf(row, h, host, by_segment);
-      if (keys.empty()) continue;
-      Check(keys.size() <= most_partials, "a KV head with more segments than a reply can hold");
-      if (frames.empty() || heads == most_heads ||
-          frames.back().partials.size() + keys.size() > most_partials) {
-        frames.emplace_back();
-        heads = 0;
-      }
-      QueryFrame& frame = frames.back();
-      ++heads;
-      frame.partials.insert(frame.partials.end(), keys.begin(), keys.end());
-      const bool joins = !frame.entries.empty() && frame.entries.back().row == row.row &&
-                         frame.entries.back().first_kv_head + frame.entries.back().kv_heads == h;
-      if (joins) {
-        ++frame.entries.back().kv_heads;
-      } else {
-        frame.entries.push_back(
-            {row.hosted->request.value, row.offloaded_tokens, h, 1, row.exact ? 1u : 0u, row.row});
+  std::vector<PartialKey> keys;
+  for (uint32_t host = 0; host < hosts; ++host) {
+    uint32_t part = 0;
+    uint64_t heads = most_heads;  // of the last frame: full, so that a host starts its own
+    for (const QueryRow& row : rows) {
+      if (row.offloaded_tokens == 0) continue;
+      for (uint32_t h = first; h < first + static_cast<uint32_t>(slice.kv_heads); ++h) {
+        keys.clear();
+        AddPartials(row, h, host, by_segment, &keys);
+        if (keys.empty()) continue;
+        Check(keys.size() <= most_partials, "a KV head with more segments than a reply can hold");
+        if (heads == most_heads || frames.back().partials.size() + keys.size() > most_partials) {
+          frames.push_back({host, part++, {}, {}});
+          heads = 0;
+        }
+        QueryFrame& frame = frames.back();
+        ++heads;
+        frame.partials.insert(frame.partials.end(), keys.begin(), keys.end());
+        const bool joins = !frame.entries.empty() && frame.entries.back().row == row.row &&
+                           frame.entries.back().first_kv_head + frame.entries.back().kv_heads == h;
+        if (joins) {
+          ++frame.entries.back().kv_heads;
+        } else {
+          frame.entries.push_back({row.hosted->request.value, row.offloaded_tokens, h, 1,
+                                   row.exact ? 1u : 0u, row.row});
+        }
       }
     }
   }

@@ -42,17 +42,19 @@ struct PartialKey {
 
 // A query frame: runs of the KV heads of each row, and the partials that its reply must hold.
 struct QueryFrame {
+  uint32_t host;
+  uint32_t part;  // of this host's frames
   std::vector<cluster::QueryEntry> entries;
   std::vector<PartialKey> partials;  // rising
 };
 
-// The frames that ask `host` for the rows' KV heads of `slice`. Neither a frame nor its reply
-// passes cluster::kMaxPayloadBytes. `by_segment`: hosts answer each segment on its own. Throws
-// Error{kBug} where the partials of one row and KV head do not fit a frame: FitsReply says so
-// before.
+// The frames that ask the hosts, all of them, for the rows' KV heads of `slice`: the same for every
+// layer of a step, but for QueryEntry::exact. Neither a frame nor its reply passes
+// cluster::kMaxPayloadBytes. `by_segment`: hosts answer each segment on its own. Throws Error{kBug}
+// where the partials of one row and KV head do not fit a frame: FitsReply says so before.
 std::vector<QueryFrame> PlanQueries(const cluster::WireShape& shape,
                                     const model::TensorSlice& slice, std::span<const QueryRow> rows,
-                                    uint32_t host, bool by_segment);
+                                    uint32_t hosts, bool by_segment);
 
 // True where one reply can hold the partials of `segments` segments of a row and KV head.
 bool FitsReply(const cluster::WireShape& shape, uint64_t segments);

@@ -82,7 +82,7 @@ TEST_F(Deterministic, AnySpreadOfTheWorkGivesTheSameBits) {
   }
   // Each value of each field beside each of most others.
   const Spread spreads[] = {{1, "HEAD", 2, 1, 4, 1},     {1, "SEQUENCE", 1, 2, 4, 2},
-                            {2, "REQUEST", 2, 2, 4, 1},  {2, "HEAD", 1, 2, 1, 1},
+                            {2, "AUTO", 2, 2, 4, 1},     {2, "HEAD", 1, 2, 1, 1},
                             {2, "SEQUENCE", 2, 1, 1, 1}, {2, "SEQUENCE", 1, 1, 4, 2},
                             {3, "REQUEST", 1, 1, 4, 2},  {3, "HEAD", 2, 2, 4, 0},
                             {3, "SEQUENCE", 2, 2, 4, 1}, {3, "SEQUENCE", 1, 1, 1, 1}};

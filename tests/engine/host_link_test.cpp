@@ -119,7 +119,8 @@ class Model {
         codes.insert(codes.end(), queries.begin(), queries.end());
       }
     }
-    link_->SendQuery(0, layer, step, asking, q.data(), codes.data(), box);
+    plan_ = link_->Plan(asking);
+    link_->SendQuery(0, layer, step, plan_, false, q.data(), codes.data(), box);
   }
 
   // Merges the partials of `box` and compares every query head with float64.
@@ -133,7 +134,10 @@ class Model {
         const PartialRef sum{&max, &den, num.data()};
         ClearPartial(sum, d);
         for (const ReceivedPartial& p : box.partials) {
-          if (p.kv_head == h) MergePartial(sum, p.max[g], p.den[g], &p.num[g * d], d);
+          if (p.key.kv_head != h) continue;
+          const auto group = static_cast<size_t>(spec_.group);
+          const float* values = &box.values[p.at];
+          MergePartial(sum, values[g], values[group + g], values + 2 * group + g * d, d);
         }
         const auto head = static_cast<uint32_t>(g);
         const auto ids = job().lsh()
@@ -167,6 +171,7 @@ class Model {
   HostThreads hosts_;
   model::TensorSlice slice_;
   std::unique_ptr<HostLink> link_;
+  std::vector<QueryFrame> plan_;
   uint32_t opened_ = 0;
   uint64_t sampled_ = 0, asked_ = 0;
   std::vector<reference::Data> data_;
@@ -190,7 +195,7 @@ void PrefillAndDecode(Model& model, PlacementMode mode, uint64_t id) {
     for (int32_t layer = 0; layer < layers; ++layer) {
       ReplyBox box;
       model.Ask(hosted, layer, id * 1000 + step, tokens, &box);
-      EXPECT_GE(box.questions.size(), 1u);
+      EXPECT_GE(box.answered.size(), 1u);
       if (step > 0) {
         for (uint64_t t = tokens - 7; t < tokens; ++t) model.SendKv(hosted, layer, t, 1);
       }
@@ -246,7 +251,7 @@ TEST(HostLink, SampledAnswersAreThoseOfTheSampledSet) {
   for (int32_t layer = 0; layer < 2; ++layer) {
     ReplyBox box;
     model.Ask(hosted, layer, 1, tokens, &box);
-    EXPECT_EQ(box.questions.size(), 2u);
+    EXPECT_EQ(box.answered.size(), 2u);
     model.PumpUntil([&] { return box.complete(); });
     ASSERT_FALSE(HasFatalFailure());
     model.Judge(box, layer, tokens);
@@ -342,13 +347,13 @@ TEST(HostLink, LargeBatchesGoInSeveralFrames) {
     const uint32_t rows = by_segment ? 300 : 1100;
     ReplyBox box;
     model.Ask(hosted, 0, 1, tokens, &box, rows);
-    EXPECT_GT(box.questions.size(), 2u);
+    EXPECT_GT(box.answered.size(), 2u);
     model.PumpUntil([&] { return box.complete(); });
     ASSERT_FALSE(HasFatalFailure());
     const size_t partials = by_segment ? hosted.SegmentOf(tokens - 1) + 1 : 2;
     EXPECT_EQ(box.partials.size(), rows * 4 * partials);
     // Every row asks the same: the last one's answer is that of the first.
-    std::erase_if(box.partials, [&](const ReceivedPartial& p) { return p.row != rows - 1; });
+    std::erase_if(box.partials, [&](const ReceivedPartial& p) { return p.key.row != rows - 1; });
     model.Judge(box, 0, tokens);
   }
 }
