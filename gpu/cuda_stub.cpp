@@ -1,3 +1,4 @@
+#include "gpu/cuda/bandwidth.h"
 #include "gpu/device.h"
 
 namespace passel::gpu {
@@ -6,5 +7,7 @@ std::unique_ptr<Device> MakeCudaDevice(const DeviceOptions& /*options*/, std::st
   if (why != nullptr) *why = "built without CUDA";
   return nullptr;
 }
+
+double CudaReadBandwidth() { return 0; }
 
 }  // namespace passel::gpu

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "runtime/base/bf16.h"
+#include "runtime/base/collectives.h"
 
 namespace passel::gpu {
 
@@ -109,6 +110,12 @@ class Device {
   // out: [n, out_features] f32. Same bits for a row whatever n is, when deterministic.
   virtual void MatMul(const Linear& w, Tensor x, Tensor out) = 0;
 
+  // into += x Wᵀ. scratch: like `into`, without its content; unused where the product can add.
+  virtual void MatMulAdd(const Linear& w, Tensor x, Tensor into, Tensor scratch) {
+    MatMul(w, x, scratch);
+    Add(into, scratch);
+  }
+
   // out[i] = table[ids[i]], f32; zeros where ids[i] < 0 (a row another rank holds). table: [vocab,
   // hidden] bf16, or a weight of that shape (tied embeddings, held once). ids: host memory,
   // validated by the caller.
@@ -146,8 +153,9 @@ class Device {
 
   // Sets R: [head_dim, k·l] f32 row-major in host memory.
   virtual void SetProjections(std::span<const float> r, int32_t head_dim, int32_t k, int32_t l) = 0;
-  // SimHash codes: x: [n, heads·head_dim] f32 or bf16, minus mean: [1, heads·head_dim] f32 (where
-  // mean.data is set); codes: [n, heads·l] u16, bit b of table t = (x·R[:, t·k + b] > 0).
+  // SimHash codes: x: [n, heads·head_dim] f32 or bf16, minus mean: [1 or n, heads·head_dim] f32
+  // (where mean.data is set; one row for all or one for each); codes: [n, heads·l] u16, bit b of
+  // table t = (x·R[:, t·k + b] > 0).
   virtual void HashCodes(Tensor x, Tensor mean, Tensor codes) = 0;
   // mean: [1, cols] f32 of the rows of x (f32 or bf16), summed in float64 on CPUs.
   virtual void ColumnMean(Tensor x, Tensor mean) = 0;
@@ -162,12 +170,21 @@ class Device {
                              std::span<const int32_t> first_heads) = 0;
   // out = num / den; out: [n, heads·head_dim] activation_type. den = 0 gives 0.
   virtual void NormalizePartials(Partials partials, Tensor out) = 0;
+
+  // Collectives over this device's memory, for the same ranks as `host`, which does the same over
+  // host memory and is kept for what stays there. Every rank must call it. Must not outlive the
+  // device. Throws Error{kCluster} where the ranks' devices cannot be joined.
+  virtual std::unique_ptr<Collectives> MakeCollectives(std::unique_ptr<Collectives> host) = 0;
 };
 
 struct DeviceOptions {
   uint64_t memory_limit_bytes = 0;  // 0: what the device has
   int32_t threads = 0;              // CPU backend; 0: the affinity mask's
   bool deterministic = false;
+  // Of the model ranks of this machine, which this one is and how many they are: they take the
+  // GPUs in turn, and share one where there are more of them.
+  int32_t local_rank = 0;
+  int32_t local_ranks = 1;
 };
 std::unique_ptr<Device> MakeCpuDevice(const DeviceOptions& options);
 // Null where the build has no CUDA backend or the machine no usable GPU; `why` then says which.

@@ -10,7 +10,7 @@ nvcc=$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)
 mkdir -p "$build"
 objects=()
 pids=()
-for source in gpu/cuda/*.cu gpu/cuda/*.cpp gpu/device.cpp runtime/base/{error,random}.cpp \
+for source in gpu/cuda/*.cu gpu/cuda/*.cpp gpu/device.cpp gpu/staged_collectives.cpp runtime/base/{error,random}.cpp \
     tests/gpu/{ops,matmul,attention,cuda}_test.cpp tests/gpu/cuda_backend.cpp; do
   object=$build/$(echo "$source" | tr / _).o
   objects+=("$object")

@@ -37,6 +37,9 @@ class CpuDevice final : public Device {
   std::unique_ptr<Linear> MakeLinear(int64_t out_features, int64_t in_features,
                                      const RowReader& rows) override;
   void MatMul(const Linear& w, Tensor x, Tensor out) override;
+  std::unique_ptr<Collectives> MakeCollectives(std::unique_ptr<Collectives> host) override {
+    return host;
+  }
 
   void Embed(Tensor table, std::span<const int32_t> ids, Tensor out) override;
   void Embed(const Linear& table, std::span<const int32_t> ids, Tensor out) override;

@@ -38,7 +38,8 @@ void CpuDevice::HashCodes(Tensor x, Tensor mean, Tensor codes) {
   Check((x.type == DType::kF32 || x.type == DType::kBf16) && x.cols == heads * dim &&
             codes.type == DType::kU16 && codes.rows == x.rows && codes.cols == heads * hash_tables_,
         "HashCodes: shapes disagree");
-  Check(mean.data == nullptr || (mean.type == DType::kF32 && mean.cols == x.cols),
+  Check(mean.data == nullptr || (mean.type == DType::kF32 && mean.cols == x.cols &&
+                                   (mean.rows == 1 || mean.rows == x.rows)),
         "HashCodes: mean does not fit x");
   constexpr int64_t kRows = 4096;  // vectors hashed at once: bounds the working memory
   const int64_t step = std::max<int64_t>(1, kRows / heads);
@@ -49,7 +50,8 @@ void CpuDevice::HashCodes(Tensor x, Tensor mean, Tensor codes) {
       float* buffer = row_scratch_.local().Get<float>(x.cols);
       for (int64_t i = from; i < to; ++i) {
         const float* row = RowAsF32(x, begin + i, x.cols, buffer);
-        const float* mu = mean.data ? RowPtr<float>(mean, 0) : nullptr;
+        const int64_t at = mean.rows == 1 ? 0 : begin + i;
+        const float* mu = mean.data ? RowPtr<float>(mean, at) : nullptr;
         for (int64_t j = 0; j < x.cols; ++j) centred[i * x.cols + j] = row[j] - (mu ? mu[j] : 0.0f);
       }
     });

@@ -154,17 +154,26 @@ std::unique_ptr<Linear> CudaDevice::MakeLinear(int64_t out_features, int64_t in_
 }
 
 // Row-major out = x Wᵀ is column-major outᵀ = W xᵀ, with W stored transposed.
-void CudaDevice::Multiply(const void* w, int64_t out_features, Tensor x, Tensor out) {
-  const float one = 1, zero = 0;
+void CudaDevice::Product(const void* w, int64_t out_features, Tensor x, Tensor out,
+                         bool accumulate) {
+  const float one = 1, beta = accumulate ? 1 : 0;
   CheckCublas(cublasGemmEx(cublas_, CUBLAS_OP_T, CUBLAS_OP_N, static_cast<int>(out_features),
                            static_cast<int>(x.rows), static_cast<int>(x.cols), &one, w, CUDA_R_16BF,
                            static_cast<int>(x.cols), x.data, CUDA_R_16BF,
-                           static_cast<int>(x.stride), &zero, out.data, CUDA_R_32F,
+                           static_cast<int>(x.stride), &beta, out.data, CUDA_R_32F,
                            static_cast<int>(out.stride), CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
               "cublasGemmEx");
 }
 
-void CudaDevice::MatMul(const Linear& w, Tensor x, Tensor out) {
+void CudaDevice::MatMul(const Linear& w, Tensor x, Tensor out) { Multiply(w, x, out, false); }
+
+void CudaDevice::MatMulAdd(const Linear& w, Tensor x, Tensor into, Tensor scratch) {
+  if (!deterministic_) return Multiply(w, x, into, true);
+  Multiply(w, x, scratch, false);
+  Add(into, scratch);
+}
+
+void CudaDevice::Multiply(const Linear& w, Tensor x, Tensor out, bool accumulate) {
   const CudaLinear& linear = AsCuda(w);
   const int64_t features = linear.out_features();
   Check(x.type == DType::kBf16 && x.cols == linear.in_features(),
@@ -172,7 +181,12 @@ void CudaDevice::MatMul(const Linear& w, Tensor x, Tensor out) {
   Check(out.type == DType::kF32 && out.rows == x.rows && out.cols == features,
         "MatMul: out does not fit x and the weight");
   if (x.rows == 0) return;
-  if (!deterministic_) return Multiply(linear.data(), features, x, out);
+  if (!deterministic_) {
+    if (FitsSkinnyMatMul(x.cols, x)) {
+      return LaunchSkinnyMatMul(stream_.get, linear.data(), features, x.cols, x, out, accumulate);
+    }
+    return Product(linear.data(), features, x, out, accumulate);
+  }
   // cuBLAS chooses its algorithm, so a row's bits, by the number of rows and the alignment: always
   // the same number, in the same place. Up to about this many rows the weight's bytes bound the
   // time, so a decode step pays little for it.
@@ -186,7 +200,7 @@ void CudaDevice::MatMul(const Linear& w, Tensor x, Tensor out) {
   for (int64_t begin = 0; begin < x.rows; begin += kRows) {
     const int64_t count = std::min(kRows, x.rows - begin);
     LaunchConvert(stream_.get, x.Rows(begin, count), operand.Rows(0, count));
-    Multiply(linear.data(), features, operand, product);
+    Product(linear.data(), features, operand, product, /*accumulate=*/false);
     LaunchConvert(stream_.get, product.Rows(0, count), out.Rows(begin, count));
   }
 }
@@ -217,9 +231,12 @@ std::unique_ptr<Device> MakeCudaDevice(const DeviceOptions& options, std::string
     return refuse(std::string("no usable GPU: ") +
                   (code != cudaSuccess ? cudaGetErrorString(code) : "none is visible"));
   }
+  Check(options.local_rank >= 0 && options.local_rank < options.local_ranks,
+        "MakeCudaDevice: local_rank beyond local_ranks");
+  const int gpu = options.local_rank % count;
   cudaDeviceProp properties{};
-  if (const cudaError_t code = cudaGetDeviceProperties(&properties, 0); code != cudaSuccess) {
-    return refuse(std::string("GPU 0: ") + cudaGetErrorString(code));
+  if (const cudaError_t code = cudaGetDeviceProperties(&properties, gpu); code != cudaSuccess) {
+    return refuse("GPU " + std::to_string(gpu) + ": " + cudaGetErrorString(code));
   }
   if (properties.major < 8) {
     return refuse(std::string(properties.name) + " has compute capability " +
@@ -227,18 +244,21 @@ std::unique_ptr<Device> MakeCudaDevice(const DeviceOptions& options, std::string
                   "; 8.0 or later is needed (bf16)");
   }
   size_t free_bytes = 0, total_bytes = 0;
-  cudaError_t code = cudaSetDevice(0);
+  cudaError_t code = cudaSetDevice(gpu);
   if (code == cudaSuccess) code = cudaMemGetInfo(&free_bytes, &total_bytes);
   if (code != cudaSuccess) {
     return refuse(std::string(properties.name) + ": " + cudaGetErrorString(code));
   }
   // What is left for cuBLAS, scratch memory and the context's growth.
   constexpr uint64_t kReserve = uint64_t{1} << 30;
-  if (free_bytes <= kReserve) {
+  // Ranks that share the GPU have equal parts, whichever of them comes first.
+  const auto sharers = static_cast<uint64_t>((options.local_ranks - gpu + count - 1) / count);
+  const uint64_t share = std::min<uint64_t>(free_bytes, total_bytes / sharers);
+  if (share <= kReserve) {
     return refuse(std::string(properties.name) + ": less than 1 GiB of its memory is free");
   }
   if (why != nullptr) why->clear();
-  return std::make_unique<cuda::CudaDevice>(options, properties.name, free_bytes - kReserve);
+  return std::make_unique<cuda::CudaDevice>(options, properties.name, share - kReserve);
 }
 
 }  // namespace passel::gpu

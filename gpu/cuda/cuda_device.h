@@ -31,6 +31,7 @@ class CudaDevice final : public Device {
   std::unique_ptr<Linear> MakeLinear(int64_t out_features, int64_t in_features,
                                      const RowReader& rows) override;
   void MatMul(const Linear& w, Tensor x, Tensor out) override;
+  void MatMulAdd(const Linear& w, Tensor x, Tensor into, Tensor scratch) override;
   void Embed(Tensor table, std::span<const int32_t> ids, Tensor out) override;
   void Embed(const Linear& table, std::span<const int32_t> ids, Tensor out) override;
   void AddRmsNorm(Tensor residual, Tensor delta, Tensor weight, float eps, Tensor out) override;
@@ -54,6 +55,7 @@ class CudaDevice final : public Device {
   void MergePartials(Partials into, Partials from, std::span<const int32_t> rows,
                      std::span<const int32_t> first_heads) override;
   void NormalizePartials(Partials partials, Tensor out) override;
+  std::unique_ptr<Collectives> MakeCollectives(std::unique_ptr<Collectives> host) override;
 
  private:
   struct Stream {
@@ -61,7 +63,8 @@ class CudaDevice final : public Device {
     ~Stream();
     cudaStream_t get = nullptr;
   };
-  void Multiply(const void* w, int64_t out_features, Tensor x, Tensor out);
+  void Multiply(const Linear& w, Tensor x, Tensor out, bool accumulate);
+  void Product(const void* w, int64_t out_features, Tensor x, Tensor out, bool accumulate);
   const int64_t* UploadSlots(std::span<const int32_t> pages, std::span<const int64_t> slots,
                              const Tensor& k, const Tensor& v);
 

@@ -177,13 +177,17 @@ void CudaDevice::CausalAttention(const AttentionShape& shape, Tensor q, Tensor k
 }
 
 void CudaDevice::SetProjections(std::span<const float> r, int32_t head_dim, int32_t k, int32_t l) {
-  Check(head_dim > 0 && k > 0 && k <= 16 && l > 0, "SetProjections: k in 1 … 16, l ≥ 1");
+  Check(head_dim > 0 && head_dim % 4 == 0 && k > 0 && k <= 16 && l > 0,
+        "SetProjections: head_dim a multiple of 4, k in 1 … 16, l ≥ 1");
   const int64_t columns = int64_t{k} * l;
   Check(static_cast<int64_t>(r.size()) == head_dim * columns, "SetProjections: size of R");
   const int64_t width = HashColumns(k);
   std::vector<float> padded(static_cast<size_t>(head_dim * l * width));
-  for (int64_t row = 0; row < int64_t{head_dim} * l; ++row) {
-    std::copy_n(r.begin() + row * k, k, padded.begin() + row * width);
+  for (int64_t j = 0; j < head_dim; ++j) {
+    for (int64_t c = 0; c < columns; ++c) {
+      const int64_t column = c / k * width + c % k;
+      padded[static_cast<size_t>(column * head_dim + j)] = r[static_cast<size_t>(j * columns + c)];
+    }
   }
   projections_.reset();
   projections_ = Allocate(padded.size() * sizeof(float));
@@ -200,7 +204,8 @@ void CudaDevice::HashCodes(Tensor x, Tensor mean, Tensor codes) {
   Check(IsFloat(x) && x.cols == heads * hash_dim_ && codes.type == DType::kU16 &&
             codes.rows == x.rows && codes.cols == heads * hash_tables_,
         "HashCodes: shapes disagree");
-  Check(mean.data == nullptr || (mean.type == DType::kF32 && mean.cols == x.cols),
+  Check(mean.data == nullptr || (mean.type == DType::kF32 && mean.cols == x.cols &&
+                                 (mean.rows == 1 || mean.rows == x.rows)),
         "HashCodes: mean does not fit x");
   LaunchHashCodes(stream_.get, static_cast<const float*>(projections_->data()), hash_dim_,
                   hash_bits_, hash_tables_, x, mean, codes);

@@ -58,6 +58,8 @@ __global__ void __launch_bounds__(kThreads) SplitKernel(DecodeArgs a, int32_t pa
   __shared__ float warp_max[kWarps][kHeads], warp_den[kWarps][kHeads];
   __shared__ float warp_num[kWarps][kHeads][8 * kLanes];
 
+  LetNextKernelStart();
+  WaitForEarlierKernels();
   const int64_t row = blockIdx.z;
   const DecodeRow cut = a.rows[row];
   const int split = static_cast<int>(blockIdx.x);
@@ -205,6 +207,8 @@ __global__ void __launch_bounds__(kThreads) SplitKernel(DecodeArgs a, int32_t pa
 
 // One block a (head, row): merges the row's splits in order.
 __global__ void __launch_bounds__(kThreads) MergeSplitsKernel(DecodeArgs a) {
+  LetNextKernelStart();
+  WaitForEarlierKernels();
   const int32_t head = static_cast<int32_t>(blockIdx.x);
   const int64_t row = blockIdx.y;
   const DecodeRow cut = a.rows[row];
@@ -236,8 +240,8 @@ void LaunchSplits(cudaStream_t stream, const DecodeArgs& args, int32_t max_split
   const dim3 grid(static_cast<unsigned>(max_splits),
                   static_cast<unsigned>(args.shape.kv_heads * parts),
                   static_cast<unsigned>(args.q.rows));
-  SplitKernel<kLanes, kHeads><<<grid, kThreads, 0, stream>>>(args, parts);
-  CheckCuda(cudaGetLastError(), "launch of DecodeAttention");
+  LaunchBehind(stream, grid, kThreads, 0, "launch of DecodeAttention", SplitKernel<kLanes, kHeads>,
+               args, parts);
 }
 
 template <int kLanes>
@@ -301,8 +305,8 @@ void LaunchDecodeAttention(cudaStream_t stream, PoolView pool, Tensor q, const i
   }
   if (max_splits > 1) {
     const dim3 grid(static_cast<unsigned>(pool.shape.heads), static_cast<unsigned>(q.rows));
-    MergeSplitsKernel<<<grid, kThreads, 0, stream>>>(args);
-    CheckCuda(cudaGetLastError(), "launch of DecodeAttention's merge");
+    LaunchBehind(stream, grid, kThreads, 0, "launch of DecodeAttention's merge", MergeSplitsKernel,
+                 args);
   }
 }
 

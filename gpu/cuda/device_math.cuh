@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "gpu/cuda/check.h"
+#include "gpu/cuda/launch.cuh"
 #include "gpu/device.h"
 
 namespace passel::gpu::cuda {
@@ -36,6 +37,8 @@ __device__ inline float RescaleWeight(float max, float new_max) {
 
 template <typename F>
 __global__ void ElementsKernel(int64_t cols, int64_t block_cols, F f) {
+  LetNextKernelStart();
+  WaitForEarlierKernels();
   const int64_t i = blockIdx.x;
   const int64_t end = min(cols, (int64_t{blockIdx.y} + 1) * block_cols);
   for (int64_t j = int64_t{blockIdx.y} * block_cols + threadIdx.x; j < end; j += blockDim.x) {
@@ -51,8 +54,8 @@ void ForElements(cudaStream_t stream, int64_t rows, int64_t cols, F f) {
   const dim3 grid(static_cast<unsigned>(rows),
                   static_cast<unsigned>((cols + kBlockCols - 1) / kBlockCols));
   const auto threads = static_cast<unsigned>(cols < 256 ? (cols + 31) / 32 * 32 : 256);
-  ElementsKernel<<<grid, threads, 0, stream>>>(cols, kBlockCols, f);
-  CheckCuda(cudaGetLastError(), "launch of an elementwise kernel");
+  LaunchBehind(stream, grid, threads, 0, "launch of an elementwise kernel", ElementsKernel<F>, cols,
+               kBlockCols, f);
 }
 
 }  // namespace passel::gpu::cuda

@@ -1,5 +1,7 @@
 // Kernels that treat rows or elements one by one.
 
+#include <cstring>
+
 #include "gpu/cuda/device_math.cuh"
 #include "gpu/cuda/kernels.h"
 
@@ -7,15 +9,32 @@ namespace passel::gpu::cuda {
 namespace {
 
 constexpr int kNormThreads = 512;
+constexpr int kKept = 16;  // elements of a row that a thread keeps between the two passes
 
 // One block a row: the bits of a row do not depend on the batch.
 __global__ void __launch_bounds__(kNormThreads)
     AddRmsNormKernel(Tensor residual, Tensor delta, const float* weight, float eps, Tensor out) {
   __shared__ float sums[kNormThreads / 32];
+  LetNextKernelStart();
+  WaitForEarlierKernels();
   float* row = F32Row(residual, blockIdx.x);
   const float* add = delta.data ? F32Row(delta, blockIdx.x) : nullptr;
-  float squares = 0;
-  for (int64_t j = threadIdx.x; j < residual.cols; j += kNormThreads) {
+  float squares = 0, kept[kKept];
+#pragma unroll
+  for (int i = 0; i < kKept; ++i) {
+    const int64_t j = threadIdx.x + i * kNormThreads;
+    kept[i] = j < residual.cols ? row[j] : 0.0f;
+  }
+#pragma unroll
+  for (int i = 0; i < kKept; ++i) {
+    const int64_t j = threadIdx.x + i * kNormThreads;
+    if (add && j < residual.cols) {
+      kept[i] += add[j];
+      row[j] = kept[i];
+    }
+    squares = fmaf(kept[i], kept[i], squares);
+  }
+  for (int64_t j = threadIdx.x + kKept * kNormThreads; j < residual.cols; j += kNormThreads) {
     float x = row[j];
     if (add) {
       x += add[j];
@@ -31,12 +50,38 @@ __global__ void __launch_bounds__(kNormThreads)
   float total = 0;
   for (int w = 0; w < kNormThreads / 32; ++w) total += sums[w];
   const float scale = 1.0f / sqrtf(total / static_cast<float>(residual.cols) + eps);
-  for (int64_t j = threadIdx.x; j < residual.cols; j += kNormThreads) {
+#pragma unroll
+  for (int i = 0; i < kKept; ++i) {
+    const int64_t j = threadIdx.x + i * kNormThreads;
+    if (j < residual.cols) StoreElement(out, blockIdx.x, j, kept[i] * scale * weight[j]);
+  }
+  for (int64_t j = threadIdx.x + kKept * kNormThreads; j < residual.cols; j += kNormThreads) {
     StoreElement(out, blockIdx.x, j, row[j] * scale * weight[j]);
   }
 }
 
+struct PutArgs {
+  uint32_t* to;
+  int32_t words;
+  uint32_t content[kMaxPutBytes / 4];
+};
+
+__global__ void PutKernel(const __grid_constant__ PutArgs args) {
+  LetNextKernelStart();
+  WaitForEarlierKernels();
+  for (int i = threadIdx.x; i < args.words; i += blockDim.x) args.to[i] = args.content[i];
+}
+
 }  // namespace
+
+void LaunchPut(cudaStream_t stream, void* device, const void* host, size_t bytes) {
+  if (bytes == 0) return;
+  PutArgs args;
+  args.to = static_cast<uint32_t*>(device);
+  args.words = static_cast<int32_t>((bytes + 3) / 4);
+  std::memcpy(args.content, host, bytes);
+  LaunchBehind(stream, dim3(1), 256, 0, "launch of a small upload", PutKernel, args);
+}
 
 void LaunchEmbed(cudaStream_t stream, Tensor table, const int32_t* ids, Tensor out) {
   ForElements(stream, out.rows, out.cols, [=] __device__(int64_t i, int64_t j) {
@@ -48,9 +93,9 @@ void LaunchEmbed(cudaStream_t stream, Tensor table, const int32_t* ids, Tensor o
 void LaunchAddRmsNorm(cudaStream_t stream, Tensor residual, Tensor delta, Tensor weight, float eps,
                       Tensor out) {
   if (residual.rows == 0) return;
-  AddRmsNormKernel<<<static_cast<unsigned>(residual.rows), kNormThreads, 0, stream>>>(
-      residual, delta, static_cast<const float*>(weight.data), eps, out);
-  CheckCuda(cudaGetLastError(), "launch of AddRmsNorm");
+  LaunchBehind(stream, dim3(static_cast<unsigned>(residual.rows)), kNormThreads, 0,
+               "launch of AddRmsNorm", AddRmsNormKernel, residual, delta,
+               static_cast<const float*>(weight.data), eps, out);
 }
 
 void LaunchRopeTable(cudaStream_t stream, const int64_t* positions, int64_t n,
@@ -85,6 +130,14 @@ void LaunchSiluMul(cudaStream_t stream, Tensor gate_up, Tensor out) {
 void LaunchAdd(cudaStream_t stream, Tensor into, Tensor delta) {
   ForElements(stream, into.rows, into.cols,
               [=] __device__(int64_t i, int64_t j) { F32Row(into, i)[j] += F32Row(delta, i)[j]; });
+}
+
+void LaunchSumRows(cudaStream_t stream, const float* in, int64_t rows, int64_t cols, float* out) {
+  ForElements(stream, 1, cols, [=] __device__(int64_t, int64_t j) {
+    float sum = in[j];
+    for (int64_t i = 1; i < rows; ++i) sum += in[i * cols + j];
+    out[j] = sum;
+  });
 }
 
 void LaunchConvert(cudaStream_t stream, Tensor in, Tensor out) {

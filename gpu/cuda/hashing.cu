@@ -1,8 +1,9 @@
 // SimHash codes: product with the projections, sign and packing in one pass.
 //
-// In float32 on the general units: a sign near 0 must not flip because an operand was rounded. A
-// thread adds up its dot products alone and in order, so a vector has the same codes alone and in a
-// batch.
+// On the matrix units with three TF32 products for each float32 one: an operand is the sum of two
+// TF32 numbers, and only the product of the two small parts, 2^-22 of the whole, is left out. A
+// sign near 0 must not flip because an operand was rounded. A vector's sums do not depend on its
+// neighbours, so it has the same codes alone and in a batch.
 
 #include "gpu/cuda/device_math.cuh"
 #include "gpu/cuda/kernels.h"
@@ -10,91 +11,161 @@
 namespace passel::gpu::cuda {
 namespace {
 
-constexpr int kTables = 16;       // of a block
-constexpr int kVectorLanes = 16;  // threads side by side over vectors
-constexpr int kVectorsEach = 4;   // of a thread
-constexpr int kVectors = kVectorLanes * kVectorsEach;
+constexpr int kWarps = 4;  // of a block, 16 vectors each
+constexpr int kThreads = 32 * kWarps;
+constexpr int kVectors = 16 * kWarps;
 constexpr int kDims = 32;  // of a step
+// Rows of the tile of projections are apart by half the banks: the 8 threads that are served at a
+// time, 4 in each of two rows, then meet no bank twice.
+constexpr int kStride = kDims + 16;
 
-// kBits: columns of a table, padded. Thread (table, lane) of a block hashes vectors lane,
-// lane + kVectorLanes, … of the block's kVectors.
-template <int kBits>
-__global__ void __launch_bounds__(kTables* kVectorLanes)
-    HashKernel(const float* projections, int32_t dim, int32_t bits, int32_t tables, Tensor x,
-               Tensor mean, Tensor codes) {
-  // Columns of a table apart by an odd number of pairs: the tables of a warp then hit all banks.
-  constexpr int kStride = kBits / 2 % 2 == 1 ? kBits : kBits + 2;
-  __shared__ __align__(8) float r_tile[kDims][kTables * kStride];
-  __shared__ float x_tile[kVectors][kDims + 1];
-  const int table = threadIdx.x % kTables;
-  const int lane = threadIdx.x / kTables;
-  const int64_t first_table = int64_t{blockIdx.y} * kTables;
-  const int64_t first_vector = int64_t{blockIdx.x} * kVectors;
-  const int64_t heads = x.cols / dim;
-  const int64_t vectors = x.rows * heads;
-  float dots[kVectorsEach][kBits] = {};
-  for (int begin = 0; begin < dim; begin += kDims) {
-    for (int i = threadIdx.x; i < kDims * kTables * kBits; i += blockDim.x) {
-      const int d = i / (kTables * kBits), t = i / kBits % kTables, b = i % kBits;
-      const bool inside = begin + d < dim && first_table + t < tables;
-      r_tile[d][t * kStride + b] =
-          inside ? projections[(int64_t{begin + d} * tables + first_table + t) * kBits + b] : 0.0f;
+struct HashArgs {
+  const float* projections;  // [tables · kBits, dim], zeros where a table is padded
+  int32_t dim, bits, tables;
+  Tensor x, mean, codes;
+};
+
+struct Split {
+  uint32_t large[4], small[4];
+};
+
+// Four numbers as sums of two TF32 numbers each.
+__device__ inline Split SplitTf32(const float (&values)[4]) {
+  Split s;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    s.large[i] = __float_as_uint(values[i]) & 0xffffe000u;
+    s.small[i] = __float_as_uint(values[i] - __uint_as_float(s.large[i])) & 0xffffe000u;
+  }
+  return s;
+}
+
+// c: [16, 8] += a: [16, 8] · b: [8, 8].
+__device__ inline void MultiplyAdd(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2,
+                                   uint32_t a3, uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// Elements [at, at + 4) of head vector `vector`, centred; zeros beyond the vectors and dim.
+__device__ inline void LoadVector(const HashArgs& a, int64_t vector, int64_t vectors, int64_t heads,
+                                  int at, float (&out)[4]) {
+  const int64_t row = vector / heads, col = vector % heads * a.dim + at;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    out[i] = 0;
+    if (vector < vectors && at + i < a.dim) {
+      out[i] = LoadElement(a.x, row, col + i);
+      if (a.mean.data) out[i] -= F32Row(a.mean, a.mean.rows == 1 ? 0 : row)[col + i];
     }
-    for (int i = threadIdx.x; i < kVectors * kDims; i += blockDim.x) {
-      const int v = i / kDims, d = i % kDims;
-      const int64_t vector = first_vector + v;
-      float value = 0;
-      if (vector < vectors && begin + d < dim) {
-        const int64_t col = vector % heads * dim + begin + d;
-        value = LoadElement(x, vector / heads, col);
-        if (mean.data) value -= F32Row(mean, 0)[col];
-      }
-      x_tile[v][d] = value;
+  }
+}
+
+// Tables of a block, by their padded columns: what shared memory holds.
+template <int kBits>
+constexpr int kBlockTables = kBits <= 10 ? 16 : 8;
+
+// kBits: columns of a table, padded.
+template <int kBits>
+__global__ void __launch_bounds__(kThreads) HashKernel(HashArgs a) {
+  constexpr int kTables = kBlockTables<kBits>;
+  constexpr int kColumns = kTables * kBits;
+  constexpr int kGroups = kColumns / 8;
+  __shared__ __align__(16) float r_tile[kColumns][kStride];
+  __shared__ uint32_t signs[kVectors][(kColumns + 31) / 32 + 1];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int row = lane / 4, piece = lane % 4 * 4;
+  const int64_t first_table = int64_t{blockIdx.y} * kTables;
+  const int64_t first_column = first_table * kBits, columns = int64_t{a.tables} * kBits;
+  const int64_t first_vector = int64_t{blockIdx.x} * kVectors + warp * 16;
+  const int64_t heads = a.x.cols / a.dim;
+  const int64_t vectors = a.x.rows * heads;
+  LetNextKernelStart();
+  bool waited = false;
+  float acc[kGroups][4] = {};
+  for (int begin = 0; begin < a.dim; begin += kDims) {
+    for (int i = threadIdx.x; i < kColumns * kDims / 4; i += kThreads) {
+      const int c = i / (kDims / 4), d = i % (kDims / 4) * 4;
+      // dim is a multiple of 4 (checked by SetProjections).
+      const bool inside = begin + d < a.dim && first_column + c < columns;
+      *reinterpret_cast<float4*>(&r_tile[c][d]) =
+          inside ? *reinterpret_cast<const float4*>(a.projections + (first_column + c) * a.dim +
+                                                    begin + d)
+                 : make_float4(0, 0, 0, 0);
+    }
+    if (!waited) WaitForEarlierKernels();
+    waited = true;
+    // In any order of k, as long as both operands have it: a thread takes 4 neighbours.
+    Split low[kDims / 16], high[kDims / 16];
+#pragma unroll
+    for (int step = 0; step < kDims / 16; ++step) {
+      float values[4];
+      LoadVector(a, first_vector + row, vectors, heads, begin + step * 16 + piece, values);
+      low[step] = SplitTf32(values);
+      LoadVector(a, first_vector + row + 8, vectors, heads, begin + step * 16 + piece, values);
+      high[step] = SplitTf32(values);
     }
     __syncthreads();
-    for (int d = 0; d < kDims; ++d) {
-      float r[kBits];
 #pragma unroll
-      for (int b = 0; b < kBits; b += 2) {
-        const float2 pair = *reinterpret_cast<const float2*>(&r_tile[d][table * kStride + b]);
-        r[b] = pair.x;
-        r[b + 1] = pair.y;
-      }
+    for (int step = 0; step < kDims / 16; ++step) {
 #pragma unroll
-      for (int v = 0; v < kVectorsEach; ++v) {
-        const float value = x_tile[lane + v * kVectorLanes][d];
+      for (int g = 0; g < kGroups; ++g) {
+        const float4 r = *reinterpret_cast<const float4*>(&r_tile[g * 8 + row][step * 16 + piece]);
+        const float values[4] = {r.x, r.y, r.z, r.w};
+        const Split b = SplitTf32(values);
+        const Split &l = low[step], &h = high[step];
 #pragma unroll
-        for (int b = 0; b < kBits; ++b) dots[v][b] = fmaf(value, r[b], dots[v][b]);
+        for (int i = 0; i < 4; i += 2) {
+          MultiplyAdd(acc[g], l.small[i], h.small[i], l.small[i + 1], h.small[i + 1], b.large[i],
+                      b.large[i + 1]);
+          MultiplyAdd(acc[g], l.large[i], h.large[i], l.large[i + 1], h.large[i + 1], b.small[i],
+                      b.small[i + 1]);
+          MultiplyAdd(acc[g], l.large[i], h.large[i], l.large[i + 1], h.large[i + 1], b.large[i],
+                      b.large[i + 1]);
+        }
       }
     }
     __syncthreads();
   }
-  if (first_table + table >= tables) return;
+  // Bits of 8 columns from the 4 threads that hold them, as a byte.
+  auto* bytes = reinterpret_cast<uint8_t*>(&signs[0][0]);
 #pragma unroll
-  for (int v = 0; v < kVectorsEach; ++v) {
-    const int64_t vector = first_vector + lane + v * kVectorLanes;
-    if (vector >= vectors) continue;
-    unsigned code = 0;
+  for (int g = 0; g < kGroups; ++g) {
 #pragma unroll
-    for (int b = 0; b < kBits; ++b) {
-      if (b < bits && dots[v][b] > 0) code |= 1u << b;
+    for (int half = 0; half < 2; ++half) {
+      unsigned bits = (acc[g][2 * half] > 0 ? 1u : 0u) | (acc[g][2 * half + 1] > 0 ? 2u : 0u);
+      bits <<= lane % 4 * 2;
+      bits |= __shfl_xor_sync(0xffffffffu, bits, 1);
+      bits |= __shfl_xor_sync(0xffffffffu, bits, 2);
+      if (lane % 4 == 0) {
+        bytes[(warp * 16 + row + half * 8) * sizeof(signs[0]) + g] = static_cast<uint8_t>(bits);
+      }
     }
-    static_cast<uint16_t*>(
-        codes.data)[vector / heads * codes.stride + vector % heads * tables + first_table + table] =
-        static_cast<uint16_t>(code);
+  }
+  __syncwarp();
+  for (int i = lane; i < 16 * kTables; i += 32) {
+    const int v = i / kTables, t = i % kTables;
+    const int64_t vector = first_vector + v;
+    if (vector >= vectors || first_table + t >= a.tables) continue;
+    const uint32_t* words = signs[warp * 16 + v] + t * kBits / 32;
+    const uint32_t code = __funnelshift_r(words[0], words[1], t * kBits % 32);
+    static_cast<uint16_t*>(a.codes.data)[vector / heads * a.codes.stride +
+                                         vector % heads * a.tables + first_table + t] =
+        static_cast<uint16_t>(code & ((1u << a.bits) - 1));
   }
 }
 
 template <int kBits>
-void Launch(cudaStream_t stream, const float* projections, int32_t dim, int32_t k, int32_t l,
-            Tensor x, Tensor mean, Tensor codes) {
-  const int64_t vectors = x.rows * (x.cols / dim);
+void Launch(cudaStream_t stream, const HashArgs& args) {
+  const int64_t vectors = args.x.rows * (args.x.cols / args.dim);
   if (vectors == 0) return;
-  const dim3 grid(static_cast<unsigned>((vectors + kVectors - 1) / kVectors),
-                  static_cast<unsigned>((l + kTables - 1) / kTables));
-  HashKernel<kBits>
-      <<<grid, kTables * kVectorLanes, 0, stream>>>(projections, dim, k, l, x, mean, codes);
-  CheckCuda(cudaGetLastError(), "launch of HashCodes");
+  const dim3 grid(
+      static_cast<unsigned>((vectors + kVectors - 1) / kVectors),
+      static_cast<unsigned>((args.tables + kBlockTables<kBits> - 1) / kBlockTables<kBits>));
+  LaunchBehind(stream, grid, kThreads, 0, "launch of HashCodes", HashKernel<kBits>, args);
 }
 
 }  // namespace
@@ -105,18 +176,18 @@ int32_t HashColumns(int32_t k) {
 
 void LaunchHashCodes(cudaStream_t stream, const float* projections, int32_t head_dim, int32_t k,
                      int32_t l, Tensor x, Tensor mean, Tensor codes) {
-  const auto launch = [&](auto run) { run(stream, projections, head_dim, k, l, x, mean, codes); };
+  const HashArgs args{projections, head_dim, k, l, x, mean, codes};
   switch (HashColumns(k)) {
     case 4:
-      return launch(Launch<4>);
+      return Launch<4>(stream, args);
     case 8:
-      return launch(Launch<8>);
+      return Launch<8>(stream, args);
     case 10:
-      return launch(Launch<10>);
+      return Launch<10>(stream, args);
     case 12:
-      return launch(Launch<12>);
+      return Launch<12>(stream, args);
     default:
-      return launch(Launch<16>);
+      return Launch<16>(stream, args);
   }
 }
 

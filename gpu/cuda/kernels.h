@@ -10,6 +10,18 @@
 // unless said otherwise; all work goes to `stream`. A launch that fails throws.
 namespace passel::gpu::cuda {
 
+// Copies up to kMaxPutBytes of host memory to device memory (4-byte aligned, rounded up to 4 bytes)
+// as an argument of a kernel (elementwise.cu): the host's copy may go at once.
+inline constexpr size_t kMaxPutBytes = 3840;
+void LaunchPut(cudaStream_t stream, void* device, const void* host, size_t bytes);
+
+// out (+)= x Wᵀ for few rows of x (skinny_matmul.cu). w: [features, k] bf16; x: [n, k] bf16; out:
+// [n, features] f32. Only where FitsSkinnyMatMul.
+inline constexpr int64_t kMaxSkinnyRows = 32;
+bool FitsSkinnyMatMul(int64_t k, const Tensor& x);
+void LaunchSkinnyMatMul(cudaStream_t stream, const void* w, int64_t features, int64_t k, Tensor x,
+                        Tensor out, bool accumulate);
+
 // Elementwise and by row (elementwise.cu). Meanings and shapes as in gpu/device.h.
 void LaunchEmbed(cudaStream_t stream, Tensor table, const int32_t* ids, Tensor out);
 void LaunchAddRmsNorm(cudaStream_t stream, Tensor residual, Tensor delta, Tensor weight, float eps,
@@ -22,6 +34,8 @@ void LaunchRope(cudaStream_t stream, Tensor x, int32_t head_dim, const float2* t
 void LaunchSiluMul(cudaStream_t stream, Tensor gate_up, Tensor out);
 void LaunchAdd(cudaStream_t stream, Tensor into, Tensor delta);
 void LaunchConvert(cudaStream_t stream, Tensor in, Tensor out);
+// out[j] = Σ_i in[i, j], in the order of i. in: [rows, cols] f32.
+void LaunchSumRows(cudaStream_t stream, const float* in, int64_t rows, int64_t cols, float* out);
 
 // Column means (column_mean.cu). sums: scratch of ColumnMeanScratch(rows, cols) bytes.
 size_t ColumnMeanScratch(int64_t rows, int64_t cols);
@@ -65,7 +79,8 @@ inline constexpr int32_t kMaxCausalHeadDim = 256;
 void LaunchCausalAttention(cudaStream_t stream, const AttentionShape& shape, Tensor q, Tensor k,
                            Tensor v, int64_t start, int64_t window, Tensor out);
 
-// SimHash codes (hashing.cu). projections: [head_dim, l, HashColumns(k)] f32, zero-padded.
+// SimHash codes (hashing.cu). projections: [l·HashColumns(k), head_dim] f32, zero-padded; head_dim
+// a multiple of 4. mean: one row for all, or one for each.
 int32_t HashColumns(int32_t k);
 void LaunchHashCodes(cudaStream_t stream, const float* projections, int32_t head_dim, int32_t k,
                      int32_t l, Tensor x, Tensor mean, Tensor codes);

@@ -13,6 +13,8 @@ constexpr int kThreads = 128;
 __global__ void __launch_bounds__(kThreads)
     MergeKernel(Partials into, Partials from, const int32_t* order, const int32_t* row_begin,
                 const int32_t* first_heads) {
+  LetNextKernelStart();
+  WaitForEarlierKernels();
   const int32_t head = static_cast<int32_t>(blockIdx.x);
   const int64_t row = blockIdx.y;
   const int32_t begin = row_begin[row], end = row_begin[row + 1];
@@ -59,8 +61,8 @@ void LaunchMergePartials(cudaStream_t stream, Partials into, Partials from, cons
                          const int32_t* row_begin, const int32_t* first_heads) {
   if (from.max.rows == 0 || into.max.rows == 0) return;
   const dim3 grid(static_cast<unsigned>(into.max.cols), static_cast<unsigned>(into.max.rows));
-  MergeKernel<<<grid, kThreads, 0, stream>>>(into, from, order, row_begin, first_heads);
-  CheckCuda(cudaGetLastError(), "launch of MergePartials");
+  LaunchBehind(stream, grid, kThreads, 0, "launch of MergePartials", MergeKernel, into, from, order,
+               row_begin, first_heads);
 }
 
 void LaunchNormalizePartials(cudaStream_t stream, Partials partials, Tensor out) {

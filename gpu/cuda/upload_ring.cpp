@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "gpu/cuda/kernels.h"
 #include "runtime/base/checked_math.h"
 
 namespace passel::gpu::cuda {
@@ -47,13 +48,16 @@ void* UploadRing::Upload(const void* host, size_t bytes) {
   }
   const size_t at = segment_ * segment_bytes_ + used_;
   used_ += size;
+  if (bytes <= kMaxPutBytes) {
+    void* to = static_cast<char*>(device_->data()) + at;
+    LaunchPut(stream_, to, host, bytes);
+    return to;
+  }
   char* pinned = static_cast<char*>(pinned_->data()) + at;
   char* device = static_cast<char*>(device_->data()) + at;
-  if (bytes > 0) {
-    std::memcpy(pinned, host, bytes);
-    CheckCuda(cudaMemcpyAsync(device, pinned, bytes, cudaMemcpyHostToDevice, stream_),
-              "cudaMemcpyAsync");
-  }
+  std::memcpy(pinned, host, bytes);
+  CheckCuda(cudaMemcpyAsync(device, pinned, bytes, cudaMemcpyHostToDevice, stream_),
+            "cudaMemcpyAsync");
   return device;
 }
 

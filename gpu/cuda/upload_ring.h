@@ -12,8 +12,9 @@
 
 namespace passel::gpu::cuda {
 
-// Small host arrays (ids, positions, page tables) on their way to kernels: copied to pinned memory,
-// so that the caller's array may go at once, and from there to device memory by the stream.
+// Small host arrays (ids, positions, page tables) on their way to kernels. The smallest travel as
+// an argument of a kernel, which keeps the stream free of copies; others are copied to pinned
+// memory, so that the caller's array may go at once, and from there to device memory by the stream.
 // The pinned side is reused only when its copies are done; the device side is reused by later
 // copies of the same stream, so behind the kernels that read it. Used by the issuing thread.
 class UploadRing {

@@ -41,10 +41,16 @@ struct Rank {
   bool is_model() const { return job.info().role == Role::kModel; }
 };
 
-std::unique_ptr<gpu::Device> MakeDevice(const config::Config& config) {
-  const config::Gpu& g = config.gpu();
-  const gpu::DeviceOptions options{g.memory_limit_bytes(), static_cast<int32_t>(g.threads()),
-                                   config.engine().deterministic()};
+std::unique_ptr<gpu::Device> MakeDevice(const engine::Job& job) {
+  const config::Gpu& g = job.config.gpu();
+  gpu::DeviceOptions options{g.memory_limit_bytes(), static_cast<int32_t>(g.threads()),
+                             job.config.engine().deterministic()};
+  options.local_ranks = 0;
+  for (const cluster::RankInfo& r : job.ranks) {
+    if (r.role != Role::kModel || r.node != job.info().node) continue;
+    if (r.rank.value < job.self.value) ++options.local_rank;
+    ++options.local_ranks;
+  }
   if (g.backend() == config::Gpu::CPU) return gpu::MakeCpuDevice(options);
   std::string why;
   if (auto device = gpu::MakeCudaDevice(options, &why)) return device;
@@ -92,7 +98,7 @@ void SetUp(cluster::Launch& launch, const JobOptions& options, const WorkMaker& 
     // UCX reads its environment before other threads start.
     if (job.hosts() > 0) rank->channel = transport::MakeUcxChannel({job.self});
     if (rank->is_model()) {
-      rank->device = MakeDevice(job.config);
+      rank->device = MakeDevice(job);
       memory = rank->device->info().memory_bytes;
     } else {
       memory = cluster::HostMemoryBudget(job.config.host(), machine, job.info().node_host_ranks);
@@ -101,6 +107,10 @@ void SetUp(cluster::Launch& launch, const JobOptions& options, const WorkMaker& 
   const auto address = rank->channel ? rank->channel->address() : std::vector<std::byte>{};
   const uint64_t nonce = launch.Exchange(job.ranks, memory, address);
   rank->collectives = launch.MakeModelCollectives(job.ranks);
+  launch.Agree([&] {
+    if (!rank->is_model()) return;
+    rank->collectives = rank->device->MakeCollectives(std::move(rank->collectives));
+  });
   if (options.dry_run) {
     if (rank->leads()) PrintRanks(job, machine);
     return;

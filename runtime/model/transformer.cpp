@@ -145,6 +145,14 @@ struct Transformer::Impl {
     collectives.AllReduceSum({static_cast<float*>(t.data), static_cast<size_t>(t.rows * t.cols)});
   }
 
+  // hidden += x Wᵀ, summed over the ranks, each of which holds some of W's columns.
+  void MultiplyAdd(const gpu::Linear& w, const Tensor& x, const Activations& a) const {
+    if (collectives.size() == 1) return device.MatMulAdd(w, x, a.hidden, a.projected);
+    device.MatMul(w, x, a.projected);
+    AllReduce(a.projected);
+    device.Add(a.hidden, a.projected);
+  }
+
   const ModelFile& file;
   gpu::Device& device;
   Collectives& collectives;
@@ -245,14 +253,11 @@ void Transformer::AfterAttention(int32_t layer, Activations& a) const {
   a.Resize(a.n);
   Check(layer >= 0 && layer < m.config.layers, "AfterAttention: layer");
   const Layer& w = m.layers[static_cast<size_t>(layer)];
-  m.device.MatMul(*w.o, a.attention, a.projected);
-  m.AllReduce(a.projected);
-  m.device.AddRmsNorm(a.hidden, a.projected, w.ffn_norm, m.config.norm_eps, a.normed);
+  m.MultiplyAdd(*w.o, a.attention, a);
+  m.device.AddRmsNorm(a.hidden, {}, w.ffn_norm, m.config.norm_eps, a.normed);
   m.device.MatMul(*w.gate_up, a.normed, a.gate_up);
   m.device.SiluMul(a.gate_up, a.ffn);
-  m.device.MatMul(*w.down, a.ffn, a.projected);
-  m.AllReduce(a.projected);
-  m.device.Add(a.hidden, a.projected);
+  m.MultiplyAdd(*w.down, a.ffn, a);
 }
 
 void Transformer::Logits(Activations& a, int64_t first, int64_t count) const {

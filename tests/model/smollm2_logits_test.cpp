@@ -12,6 +12,7 @@
 
 #include "runtime/base/single_rank.h"
 #include "runtime/model/transformer.h"
+#include "tests/gpu/device_matrix.h"
 #include "tests/model/reference_loop.h"
 #include "tests/model/test_model.h"
 #include "tests/model/thread_ranks.h"
@@ -121,7 +122,7 @@ class SmolLm2 : public testing::Test {
 
 TEST_F(SmolLm2, PrefillAndThirtyTwoDecodedStepsMatchFloat32) {
   for (const bool deterministic : {false, true}) {
-    const auto device = gpu::MakeCpuDevice({.threads = 2, .deterministic = deterministic});
+    const auto device = gpu::MakeTestDevice({.threads = 2, .deterministic = deterministic});
     SingleRank alone;
     const Transformer transformer(*file_, *device, alone, nullptr);
     ReferenceLoop loop(*device, transformer, 1, 2048);
@@ -140,7 +141,7 @@ TEST_F(SmolLm2, PrefillAndThirtyTwoDecodedStepsMatchFloat32) {
 }
 
 TEST_F(SmolLm2, DecodingThePromptMatchesFloat32) {
-  const auto device = gpu::MakeCpuDevice({.threads = 2});
+  const auto device = gpu::MakeTestDevice({.threads = 2});
   SingleRank alone;
   const Transformer transformer(*file_, *device, alone, nullptr);
   ReferenceLoop loop(*device, transformer, 1, 128);
@@ -164,9 +165,10 @@ TEST_P(SmolLm2Ranks, TensorParallelLogitsMatchFloat32) {
   const auto& prompt = fixture_.prompts[0];
   const auto ids = prompt["ids"].get<std::vector<int32_t>>();
   const auto greedy = prompt["greedy"].get<std::vector<int32_t>>();
-  ThreadRanks(GetParam()).Run([&](Collectives& collectives) {
-    const auto device = gpu::MakeCpuDevice({.threads = 1});
-    const Transformer transformer(*file_, *device, collectives, nullptr);
+  ThreadRanks(GetParam()).Run([&](Collectives& host) {
+    const auto device = gpu::MakeTestDevice({.threads = 1});
+    const auto collectives = device->MakeCollectives(std::make_unique<BorrowedCollectives>(host));
+    const Transformer transformer(*file_, *device, *collectives, nullptr);
     ReferenceLoop loop(*device, transformer, 1, 128);
     Comparison comparison(fixture_, prompt);
     comparison.Add(0, loop.Prefill(0, ids));

@@ -4,6 +4,7 @@
 #include <barrier>
 #include <cstddef>
 #include <exception>
+#include <memory>
 #include <mutex>
 #include <span>
 #include <thread>
@@ -13,6 +14,23 @@
 #include "runtime/base/error.h"
 
 namespace passel {
+
+// Collectives that belong to someone else, for what wants to own its own.
+class BorrowedCollectives final : public Collectives {
+ public:
+  explicit BorrowedCollectives(Collectives& lender) : lender_(lender) {}
+  int rank() const override { return lender_.rank(); }
+  int size() const override { return lender_.size(); }
+  void AllReduceSum(std::span<float> data) override { lender_.AllReduceSum(data); }
+  void AllGather(std::span<const float> in, std::span<const size_t> counts,
+                 std::span<float> out) override {
+    lender_.AllGather(in, counts, out);
+  }
+  void Broadcast(std::span<std::byte> data, int root) override { lender_.Broadcast(data, root); }
+
+ private:
+  Collectives& lender_;
+};
 
 // Model ranks as threads of a test: what they exchange in a collective operation.
 class ThreadRanks {

@@ -8,6 +8,7 @@
 
 #include "runtime/base/error.h"
 #include "runtime/base/single_rank.h"
+#include "tests/gpu/device_matrix.h"
 #include "tests/model/random_model.h"
 #include "tests/model/reference_loop.h"
 #include "tests/model/thread_ranks.h"
@@ -54,9 +55,10 @@ TEST_P(RandomWeights, LogitsEqualFloat64OnEveryRank) {
   const auto exact_prefill = model.Forward(std::span(kPrompt).first(kPrefilled));
   const auto exact = model.Forward(kPrompt);
   std::vector<std::vector<float>> logits(static_cast<size_t>(ranks));
-  ThreadRanks(ranks).Run([&](Collectives& collectives) {
-    const auto device = gpu::MakeCpuDevice({.threads = 1});
-    const Transformer transformer(model, *device, collectives, nullptr);
+  ThreadRanks(ranks).Run([&](Collectives& host) {
+    const auto device = gpu::MakeTestDevice({.threads = 1});
+    const auto collectives = device->MakeCollectives(std::make_unique<BorrowedCollectives>(host));
+    const Transformer transformer(model, *device, *collectives, nullptr);
     ReferenceLoop loop(*device, transformer, 1, 64);
     const double tolerance = device->activation_type() == gpu::DType::kBf16 ? 2e-2 : 4e-3;
     EXPECT_LE(RelativeError(loop.Prefill(0, std::span(kPrompt).first(kPrefilled)), exact_prefill),
@@ -64,7 +66,7 @@ TEST_P(RandomWeights, LogitsEqualFloat64OnEveryRank) {
     std::vector<float> last;
     for (size_t i = kPrefilled; i < kPrompt.size(); ++i) last = loop.DecodeOne(0, kPrompt[i]);
     EXPECT_LE(RelativeError(last, exact), tolerance);
-    logits[static_cast<size_t>(collectives.rank())] = last;
+    logits[static_cast<size_t>(host.rank())] = last;
   });
   for (const auto& of_rank : logits) EXPECT_EQ(of_rank, logits[0]);
 }
@@ -81,7 +83,7 @@ TEST(Transformer, DeterministicBitsDependOnNeitherBatchNorThreads) {
   SingleRank alone;
   std::vector<float> first;  // of sequence 2
   for (const auto& [batch, threads] : {std::pair(1, 1), std::pair(4, 1), std::pair(4, 2)}) {
-    const auto device = gpu::MakeCpuDevice({.threads = threads, .deterministic = true});
+    const auto device = gpu::MakeTestDevice({.threads = threads, .deterministic = true});
     const Transformer transformer(model, *device, alone, nullptr);
     ReferenceLoop loop(*device, transformer, 4, 64);
     std::vector<float> logits;
@@ -109,7 +111,7 @@ TEST(Transformer, WeightsAreHeldOnceAndReported) {
     config.vocab = 640;
     const RandomModel model(config, 7);
     SingleRank alone;
-    const auto device = gpu::MakeCpuDevice({.threads = 2});
+    const auto device = gpu::MakeTestDevice({.threads = 2});
     uint64_t reported = 0;
     const Transformer transformer(model, *device, alone,
                                   [&](uint64_t bytes) { reported += bytes; });
@@ -126,7 +128,7 @@ TEST(Transformer, WeightsAreHeldOnceAndReported) {
 TEST(Transformer, RefusesWhatDoesNotFit) {
   const RandomModel model(Shape(4, 2, 16, true), 8);
   SingleRank alone;
-  const auto device = gpu::MakeCpuDevice({.threads = 1});
+  const auto device = gpu::MakeTestDevice({.threads = 1});
   const Transformer transformer(model, *device, alone, nullptr);
   const auto a = transformer.MakeActivations(4, true, 1);
   EXPECT_THROW(transformer.Embed(*a, std::vector<int32_t>{1, 2, 3, 4, 5}), Error);
@@ -137,7 +139,7 @@ TEST(Transformer, RefusesWhatDoesNotFit) {
   EXPECT_THROW(transformer.BeforeAttention(2, *a, std::vector<int64_t>{0, 1}), Error);
   EXPECT_THROW(transformer.Logits(*a, 0, 2), Error);
   EXPECT_THROW(transformer.Logits(*a, 2, 1), Error);
-  const auto small = gpu::MakeCpuDevice({.memory_limit_bytes = 10000, .threads = 1});
+  const auto small = gpu::MakeTestDevice({.memory_limit_bytes = 10000, .threads = 1});
   try {
     const Transformer refused(model, *small, alone, nullptr);
     FAIL() << "a model of more than the limit was loaded";

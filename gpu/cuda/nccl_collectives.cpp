@@ -1,0 +1,161 @@
+#include "gpu/cuda/nccl_collectives.h"
+
+#include <utility>
+
+#include "gpu/cuda/check.h"
+#include "gpu/cuda/kernels.h"
+#include "gpu/cuda/memory.h"
+#include "runtime/base/error.h"
+
+namespace passel::gpu::cuda {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+[[noreturn]] void Fail(const std::string& what) {
+  throw Error(ErrorClass::kCluster, "NCCL among the model ranks: " + what);
+}
+
+}  // namespace
+
+NcclCollectives::NcclCollectives(Device& device, cudaStream_t stream,
+                                 std::unique_ptr<Collectives> host, bool deterministic,
+                                 std::chrono::milliseconds timeout)
+    : device_(device),
+      stream_(stream),
+      host_(std::move(host)),
+      deterministic_(deterministic),
+      timeout_(timeout) {
+  ncclUniqueId id{};
+  ncclResult_t code = ncclSuccess;
+  if (host_->rank() == 0) code = ncclGetUniqueId(&id);
+  // Also where it failed: the others must not wait for it.
+  host_->Broadcast(std::as_writable_bytes(std::span(&code, 1)), 0);
+  if (code != ncclSuccess) Fail(std::string("ncclGetUniqueId: ") + ncclGetErrorString(code));
+  host_->Broadcast(std::as_writable_bytes(std::span(&id, 1)), 0);
+  ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
+  config.blocking = 0;
+  Finish(ncclCommInitRankConfig(&comm_, size(), id, rank(), &config), "ncclCommInitRankConfig");
+  CheckCuda(cudaEventCreateWithFlags(&issued_, cudaEventDisableTiming), "cudaEventCreate");
+  int gpu = 0;
+  CheckCuda(cudaGetDevice(&gpu), "cudaGetDevice");
+  watchdog_ = std::jthread([this, gpu](const std::stop_token& stop) {
+    cudaSetDevice(gpu);
+    WatchdogLoop(stop);
+  });
+}
+
+NcclCollectives::~NcclCollectives() {
+  watchdog_ = {};  // stops and joins
+  if (comm_ != nullptr && failure_.empty()) {
+    // Peers may be gone already: no waiting for them.
+    ncclCommAbort(comm_);
+  }
+  if (issued_ != nullptr) cudaEventDestroy(issued_);
+}
+
+void NcclCollectives::Finish(ncclResult_t code, const char* call) {
+  const auto deadline = Clock::now() + timeout_;
+  while (code == ncclInProgress) {
+    if (Clock::now() > deadline) {
+      Fail(std::string(call) + " took longer than " + std::to_string(timeout_.count()) + " ms");
+    }
+    std::this_thread::sleep_for(std::chrono::microseconds(50));
+    ncclResult_t state = ncclSuccess;
+    code = ncclCommGetAsyncError(comm_, &state);
+    if (code == ncclSuccess) code = state;
+  }
+  if (code != ncclSuccess) {
+    Fail(std::string(call) + ": " + ncclGetErrorString(code) + " (" + ncclGetLastError(comm_) +
+         ")");
+  }
+}
+
+void NcclCollectives::ThrowIfFailed() {
+  const std::lock_guard lock(mutex_);
+  if (!failure_.empty()) Fail(failure_);
+}
+
+void NcclCollectives::Watch() {
+  const std::lock_guard lock(mutex_);
+  if (pending_) return;  // one at a time: it is behind all that was issued before
+  CheckCuda(cudaEventRecord(issued_, stream_), "cudaEventRecord");
+  pending_ = true;
+  issued_at_ = Clock::now();
+  wake_.notify_one();
+}
+
+void NcclCollectives::WatchdogLoop(const std::stop_token& stop) {
+  std::unique_lock lock(mutex_);
+  while (!stop.stop_requested() && failure_.empty()) {
+    if (!pending_) {
+      wake_.wait(lock, stop, [this] { return pending_; });
+      continue;
+    }
+    ncclResult_t state = ncclSuccess;
+    const ncclResult_t code = ncclCommGetAsyncError(comm_, &state);
+    const cudaError_t done = cudaEventQuery(issued_);
+    if (code != ncclSuccess || (state != ncclSuccess && state != ncclInProgress)) {
+      failure_ = ncclGetErrorString(code != ncclSuccess ? code : state);
+    } else if (done != cudaErrorNotReady) {
+      pending_ = false;
+      continue;
+    } else if (Clock::now() - issued_at_ > timeout_) {
+      failure_ = "a collective was not through after " + std::to_string(timeout_.count()) +
+                 " ms: a model rank is lost or far behind";
+    } else {
+      wake_.wait_for(lock, stop, std::chrono::milliseconds(5), [] { return false; });
+      continue;
+    }
+    ncclCommAbort(comm_);
+  }
+}
+
+void NcclCollectives::AllReduceSum(std::span<float> data) {
+  ThrowIfFailed();
+  if (deterministic_) {
+    const size_t bytes = data.size_bytes() * static_cast<size_t>(size());
+    if (!gathered_ || gathered_->bytes() < bytes) {
+      gathered_.reset();
+      gathered_ = MakeDeviceBuffer(nullptr, bytes);
+    }
+    auto* all = static_cast<float*>(gathered_->data());
+    Finish(ncclAllGather(data.data(), all, data.size(), ncclFloat32, comm_, stream_),
+           "ncclAllGather");
+    LaunchSumRows(stream_, all, size(), static_cast<int64_t>(data.size()), data.data());
+  } else {
+    Finish(
+        ncclAllReduce(data.data(), data.data(), data.size(), ncclFloat32, ncclSum, comm_, stream_),
+        "ncclAllReduce");
+  }
+  Watch();
+}
+
+void NcclCollectives::AllGather(std::span<const float> in, std::span<const size_t> counts,
+                                std::span<float> out) {
+  ThrowIfFailed();
+  size_t total = 0;
+  for (const size_t count : counts) total += count;
+  Check(counts.size() == static_cast<size_t>(size()) && total == out.size() &&
+            counts[static_cast<size_t>(rank())] == in.size(),
+        "AllGather: in, counts and out disagree");
+  // Counts may differ by rank, which ncclAllGather does not take.
+  Finish(ncclGroupStart(), "ncclGroupStart");
+  float* to = out.data();
+  for (int r = 0; r < size(); ++r) {
+    const size_t count = counts[static_cast<size_t>(r)];
+    const void* from = r == rank() ? static_cast<const void*>(in.data()) : to;
+    const ncclResult_t code = ncclBroadcast(from, to, count, ncclFloat32, r, comm_, stream_);
+    if (code != ncclInProgress) Finish(code, "ncclBroadcast");
+    to += count;
+  }
+  Finish(ncclGroupEnd(), "ncclGroupEnd");
+  Watch();
+}
+
+void NcclCollectives::Broadcast(std::span<std::byte> host_data, int root) {
+  ThrowIfFailed();
+  host_->Broadcast(host_data, root);
+}
+
+}  // namespace passel::gpu::cuda

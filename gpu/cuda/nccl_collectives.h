@@ -1,0 +1,64 @@
+#pragma once
+
+#include <cuda_runtime.h>
+#include <nccl.h>
+
+#include <chrono>
+#include <condition_variable>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+
+#include "gpu/device.h"
+#include "runtime/base/collectives.h"
+
+namespace passel::gpu::cuda {
+
+// Collectives by NCCL on the device's stream. The id comes from rank 0 through `host`, which also
+// broadcasts what is host memory.
+//
+// A watchdog thread asks NCCL for errors of its own and follows the last collective issued: where
+// it is not through after `timeout`, or NCCL reports an error, it aborts the communicator, which
+// frees the stream; every later call then throws Error{kCluster}.
+class NcclCollectives final : public Collectives {
+ public:
+  // `deterministic`: sums in rank order. Throws Error{kCluster} where NCCL fails or takes longer
+  // than `timeout`.
+  NcclCollectives(Device& device, cudaStream_t stream, std::unique_ptr<Collectives> host,
+                  bool deterministic, std::chrono::milliseconds timeout);
+  ~NcclCollectives() override;
+
+  int rank() const override { return host_->rank(); }
+  int size() const override { return host_->size(); }
+  void AllReduceSum(std::span<float> data) override;
+  void AllGather(std::span<const float> in, std::span<const size_t> counts,
+                 std::span<float> out) override;
+  void Broadcast(std::span<std::byte> host_data, int root) override;
+
+ private:
+  // Waits, up to the time-out, until a call on the non-blocking communicator is through.
+  void Finish(ncclResult_t code, const char* call);
+  void ThrowIfFailed();
+  // Notes that work was issued, for the watchdog to follow.
+  void Watch();
+  void WatchdogLoop(const std::stop_token& stop);
+
+  Device& device_;
+  cudaStream_t stream_;
+  std::unique_ptr<Collectives> host_;
+  bool deterministic_;
+  std::chrono::milliseconds timeout_;
+  ncclComm_t comm_ = nullptr;
+  std::unique_ptr<Buffer> gathered_;  // [size, n] f32, for sums in rank order
+
+  std::mutex mutex_;
+  std::condition_variable_any wake_;
+  cudaEvent_t issued_ = nullptr;
+  bool pending_ = false;  // `issued_` was recorded and has not been seen done
+  std::chrono::steady_clock::time_point issued_at_;
+  std::string failure_;  // empty: none
+  std::jthread watchdog_;
+};
+
+}  // namespace passel::gpu::cuda
