@@ -17,6 +17,10 @@ uint64_t Nanoseconds() {
                                    .count());
 }
 
+// Tokens of one unit of exact attention: a long segment's units are long, as each begins with rows
+// that nobody prefetched; a short one's are many enough for all threads.
+uint32_t ExactTile(uint32_t tokens) { return tokens > 16384 ? 4096 : 1024; }
+
 }  // namespace
 
 Scratch::Scratch()
@@ -57,8 +61,9 @@ Batch::Batch(const Options& options, const Kernels& kernels, AttendBatch batch,
       if (exact_from > 0) {
         for (uint32_t h = 0; h < options_.group; ++h) add(i, v, h, 0, exact_from);
       }
-      for (uint32_t at = exact_from; at < view.limit; at += kExactTile) {
-        add(i, v, kAllHeads, at, std::min(at + kExactTile, view.limit));
+      const uint32_t tile = ExactTile(view.limit);
+      for (uint32_t at = exact_from; at < view.limit; at += tile) {
+        add(i, v, kAllHeads, at, std::min(at + tile, view.limit));
       }
     }
   }

@@ -54,7 +54,6 @@ class Batch {
 
  private:
   static constexpr uint32_t kAllHeads = UINT32_MAX;
-  static constexpr uint32_t kExactTile = 2048;
   struct Unit {
     uint32_t item, view;
     uint32_t head;  // or kAllHeads: tokens [first, last), exactly

@@ -17,6 +17,7 @@
 #include "host_attention/simd_math.h"
 #include "host_attention/simd_probe.h"
 #include "host_attention/simd_attend.h"
+#include "host_attention/simd_dense.h"
 #include "host_attention/simd_kernels.h"
 // clang-format on
 #pragma GCC diagnostic pop

@@ -23,6 +23,7 @@ struct Shape {
 
 struct Bf16Rows {
   static constexpr bool kInterleaved = true;
+  static constexpr uint32_t kChunkBytes = 2 * kChunk;
   struct Part {
     const std::byte* p;
   };
@@ -40,6 +41,7 @@ struct Bf16Rows {
 
 struct Int8Rows {
   static constexpr bool kInterleaved = false;
+  static constexpr uint32_t kChunkBytes = kChunk;
   struct Part {
     const std::byte* p;
     F scale;
@@ -269,74 +271,6 @@ void AttendListOf(const RowsView& rows, const uint32_t* ids, size_t count, const
     for (int r = 0; r < kTile; ++r) tile[r] = tile[kTile + r];
   }
   Restore<Rows>(num, s, partial.num);
-}
-
-// One tile of ≤ 32 rows for kHeads heads; the state is arranged.
-template <class Rows, int kHeads, class S>
-inline void DenseTile(const std::byte* const* rows, int valid, const S& s, const float* q,
-                      float scale, float* max, float* den, float* num, float* weights) {
-  constexpr int kRows = kTile / kHeads;
-  alignas(64) float dots[kTile];
-  for (int r = 0; r < 2 * kTile; r += kRows) {
-    DotTile<Rows, kHeads>(rows + r, s, q, dots);
-    for (int i = 0; i < kRows; ++i) {
-      for (int h = 0; h < kHeads; ++h) weights[h * 2 * kTile + r + i] = dots[i * kHeads + h];
-    }
-  }
-  for (int h = 0; h < kHeads; ++h) {
-    float* w = weights + h * 2 * kTile;
-    F top = Simd::Load(w);
-    for (int r = Simd::kLanes; r < 2 * kTile; r += Simd::kLanes) {
-      top = Simd::Max(top, Simd::Load(w + r));
-    }
-    Raise(Simd::ReduceMax(top) * scale, s, max + h, den + h, num + h * s.padded);
-    F sum = Simd::Zero();
-    for (int r = 0; r < 2 * kTile; r += Simd::kLanes) {
-      const F x = Simd::Mul(Simd::Load(w + r), Simd::Set1(scale));
-      Simd::Store(w + r, Exp(Simd::Sub(x, Simd::Set1(max[h]))));
-      for (int i = r; i < r + Simd::kLanes; ++i) {
-        if (i >= valid) w[i] = 0;
-      }
-      sum = Simd::Add(sum, Simd::Load(w + r));
-    }
-    den[h] += Simd::ReduceAdd(sum);
-  }
-  AddValues<Rows, kHeads>(rows, valid, s, weights, 2 * kTile, num);
-}
-
-template <class Rows, uint32_t kFixed>
-void AttendDenseOf(const RowsView& rows, size_t first, size_t count, const float* q, uint32_t heads,
-                   float* work, float* max, float* den, float* num) {
-  const Shape<kFixed> s(rows.head_dim);
-  float* qa = Aligned(work);
-  float* sums = qa + size_t{heads} * s.padded;
-  float* weights = sums + size_t{heads} * s.padded;
-  for (size_t h = 0; h < heads; ++h) {
-    Arrange<Rows>(q + h * s.d, s, qa + h * s.padded);
-    Arrange<Rows>(num + h * s.d, s, sums + h * s.padded);
-  }
-  float lanes[Simd::kLanes];
-  Simd::Store(lanes, Simd::Sqrt(Simd::Set1(static_cast<float>(s.d))));
-  const float scale = 1.0f / lanes[0];
-  // No software prefetch: rows are read in order, which the hardware's prefetchers do better.
-  const std::byte* tile[2 * kTile];
-  for (size_t at = 0; at < count; at += 2 * kTile) {
-    const int valid = static_cast<int>(count - at < 2 * kTile ? count - at : 2 * kTile);
-    for (int r = 0; r < 2 * kTile; ++r) {
-      const size_t i = first + at + static_cast<size_t>(r < valid ? r : valid - 1);
-      tile[r] = rows.data + i * rows.stride;
-    }
-    uint32_t h = 0;
-    const auto run = [&]<int kHeads>() {
-      DenseTile<Rows, kHeads>(tile, valid, s, qa + h * s.padded, scale, max + h, den + h,
-                              sums + h * s.padded, weights);
-      h += kHeads;
-    };
-    while (h + 4 <= heads) run.template operator()<4>();
-    if (h + 2 <= heads) run.template operator()<2>();
-    if (h < heads) run.template operator()<1>();
-  }
-  for (size_t h = 0; h < heads; ++h) Restore<Rows>(sums + h * s.padded, s, num + h * s.d);
 }
 
 template <class Rows, uint32_t kFixed>
