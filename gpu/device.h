@@ -99,8 +99,10 @@ class Device {
   virtual DType activation_type() const = 0;
   virtual std::unique_ptr<Buffer> Allocate(size_t bytes) = 0;
   // Host memory that transfers to and from the device go through fast (pinned), 64-byte aligned.
+  // Operations read and write it too.
   virtual std::unique_ptr<Buffer> AllocateStaging(size_t bytes) = 0;
   virtual uint64_t allocated_bytes() const = 0;
+  // `host` may also be memory of this device.
   virtual void CopyToDevice(void* device, const void* host, size_t bytes) = 0;
   virtual void CopyToHost(void* host, const void* device, size_t bytes) = 0;
   virtual std::unique_ptr<Event> Record() = 0;
@@ -134,6 +136,10 @@ class Device {
   virtual void Add(Tensor into, Tensor delta) = 0;
   // out = in, between f32 and bf16 or within one type.
   virtual void Convert(Tensor in, Tensor out) = 0;
+
+  // ids[i] = column of the largest value of row i, the lowest of equal ones; −1 where the row has a
+  // NaN. x: [n, cols] f32; ids: [n] in staging memory, there when an event behind is done.
+  virtual void ArgMax(Tensor x, std::span<int32_t> ids) = 0;
 
   // Reserves the KV pool: `pages` pages of this shape. Page numbers are the caller's to hand out.
   virtual void CreateKvPool(const AttentionShape& shape, int32_t pages) = 0;

@@ -39,7 +39,7 @@ void CpuDevice::HashCodes(Tensor x, Tensor mean, Tensor codes) {
             codes.type == DType::kU16 && codes.rows == x.rows && codes.cols == heads * hash_tables_,
         "HashCodes: shapes disagree");
   Check(mean.data == nullptr || (mean.type == DType::kF32 && mean.cols == x.cols &&
-                                   (mean.rows == 1 || mean.rows == x.rows)),
+                                 (mean.rows == 1 || mean.rows == x.rows)),
         "HashCodes: mean does not fit x");
   constexpr int64_t kRows = 4096;  // vectors hashed at once: bounds the working memory
   const int64_t step = std::max<int64_t>(1, kRows / heads);

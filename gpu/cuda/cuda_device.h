@@ -40,6 +40,7 @@ class CudaDevice final : public Device {
   void SiluMul(Tensor gate_up, Tensor out) override;
   void Add(Tensor into, Tensor delta) override;
   void Convert(Tensor in, Tensor out) override;
+  void ArgMax(Tensor x, std::span<int32_t> ids) override;
   void CreateKvPool(const AttentionShape& shape, int32_t pages) override;
   void StoreKv(std::span<const int32_t> pages, std::span<const int64_t> slots, Tensor k,
                Tensor v) override;

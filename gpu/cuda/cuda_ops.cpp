@@ -79,6 +79,12 @@ void CudaDevice::Convert(Tensor in, Tensor out) {
   LaunchConvert(stream_.get, in, out);
 }
 
+void CudaDevice::ArgMax(Tensor x, std::span<int32_t> ids) {
+  Check(x.type == DType::kF32 && x.cols > 0 && static_cast<int64_t>(ids.size()) == x.rows,
+        "ArgMax: shapes disagree");
+  LaunchArgMax(stream_.get, x, ids.data());
+}
+
 void CudaDevice::CreateKvPool(const AttentionShape& shape, int32_t pages) {
   Check(shape.heads > 0 && shape.kv_heads > 0 && shape.heads % shape.kv_heads == 0 &&
             shape.head_dim > 0 && shape.head_dim % 16 == 0 && shape.head_dim <= 256 && pages > 0,

@@ -54,6 +54,9 @@ struct Workspace {
 class PrefillJob {
  public:
   PrefillJob(Workspace& workspace, Sequence& sequence, model::Activations& activations);
+  // What one takes of the device's memory: bytes for each token of the prompt, and for codes.
+  static uint64_t BytesPerToken(const Workspace& workspace);
+  static uint64_t CodeBytes(const Workspace& workspace);
 
   // Does one chunk of one layer; true when all is done and the activations hold the logits of the
   // last position. Does nothing while too much is under way to the hosts: see Blocked.
@@ -95,6 +98,7 @@ class MicroBatch {
 
   void BeginLayer();
   void HandOver();
+  void GatherEvicted();
   void SendEvicted();
   void FinishLayer();
   void MergeReplies();
@@ -106,9 +110,12 @@ class MicroBatch {
   std::unique_ptr<model::Activations> a_;
   std::unique_ptr<gpu::Buffer> partial_memory_, code_memory_, evicted_memory_, reply_memory_;
   std::unique_ptr<gpu::Buffer> q_host_, codes_host_;
+  std::unique_ptr<gpu::Buffer> means_memory_;
+  std::unique_ptr<gpu::Buffer> evicted_host_;  // K, V and codes of the rows in leaving_
   gpu::Partials partials_;
-  gpu::Tensor codes_, evicted_k_, evicted_v_, evicted_codes_;
-  std::unique_ptr<gpu::Event> event_;
+  gpu::Tensor codes_, evicted_k_, evicted_v_, evicted_codes_, evicted_means_;
+  std::unique_ptr<gpu::Event> event_, evicted_event_;
+  std::vector<size_t> leaving_;  // rows of the micro-batch of which a token leaves the window
 
   State state_ = State::kDone;
   int32_t layer_ = 0;

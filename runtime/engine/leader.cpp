@@ -62,7 +62,8 @@ void Leader::Run() {
     }
     rank_.BroadcastPlan(plan);
     const auto start = Clock::now();
-    rank_.Execute(plan, [this](RequestId id, std::span<const float> l) { OnLogits(id, l); });
+    rank_.Execute(plan,
+                  [this](RequestId id, const ModelRank::NextLogits& next) { OnLogits(id, next); });
     if (plan.decode_size() > 0 && plan.prefill_steps() == 0) {
       tuner_.Took(plan.micro_batches(),
                   std::chrono::duration<double>(Clock::now() - start).count());
@@ -113,6 +114,13 @@ cluster::RequestDemand Leader::Demand(const Request& request) const {
 
 // False where the request has to wait for others to end. True: it is on its way, or has failed.
 bool Leader::TryAdmit(Request& request) {
+  if (static_cast<int64_t>(request.prompt.size()) > rank_.max_prompt()) {
+    Fail(request, 507,
+         "the prompt has " + std::to_string(request.prompt.size()) +
+             " tokens; the memory of the model ranks holds a layer of at most " +
+             std::to_string(rank_.max_prompt()));
+    return true;
+  }
   const int64_t pages =
       rank_.PagesFor(static_cast<int64_t>(request.prompt.size()) + request.max_tokens);
   if (pages > rank_.total_pages()) {
@@ -236,7 +244,7 @@ bool Leader::MakePlan(cluster::proto::StepPlan* plan) {
   return plan->admit_size() + plan->release_size() + plan->decode_size() > 0 || prefill;
 }
 
-void Leader::OnLogits(RequestId id, std::span<const float> logits) {
+void Leader::OnLogits(RequestId id, const ModelRank::NextLogits& next) {
   Active& a = active_.at(id.value);
   const auto now = Clock::now();
   if (a.state == State::kPrefill) {
@@ -245,14 +253,18 @@ void Leader::OnLogits(RequestId id, std::span<const float> logits) {
     a.result.ttft_s = std::chrono::duration<double>(now - a.admitted).count();
     report_.Event("decode_start", job_.self.value, id);
   }
-  const int32_t token = SampleToken(logits, a.request.sampling, a.result.tokens.size());
+  const SamplingParams& sampling = a.request.sampling;
+  // The likeliest token is known already; all else needs the logits here.
+  const bool all = sampling.temperature > 0 || sampling.top_logprobs >= 0 || next.best < 0;
+  const std::span<const float> logits = all ? next.fetch() : std::span<const float>{};
+  const int32_t token = all ? SampleToken(logits, sampling, a.result.tokens.size()) : next.best;
   const auto stops = tokenizer_.stop_ids();
   const bool ends =
       !a.request.ignore_eos && std::find(stops.begin(), stops.end(), token) != stops.end();
   report_.Generated(1);
   a.result.tokens.push_back(token);
-  if (a.request.sampling.top_logprobs >= 0) {
-    a.result.logprobs.push_back(ComputeLogprobs(logits, token, a.request.sampling.top_logprobs));
+  if (sampling.top_logprobs >= 0) {
+    a.result.logprobs.push_back(ComputeLogprobs(logits, token, sampling.top_logprobs));
   }
   if (ends) return Finish(a, FinishReason::kStop);
   const size_t before = a.result.text.size();

@@ -51,7 +51,7 @@ class Leader {
   cluster::RequestDemand Demand(const Request& request) const;
   std::vector<uint32_t> HostsOf(const Active& active) const;
   bool MakePlan(cluster::proto::StepPlan* plan);
-  void OnLogits(RequestId id, std::span<const float> logits);
+  void OnLogits(RequestId id, const ModelRank::NextLogits& next);
   void Finish(Active& active, FinishReason reason);
   void Release(Active& active);
   void Fail(const Request& request, int status, const std::string& message);

@@ -49,7 +49,12 @@ MicroBatch::MicroBatch(Workspace& workspace, uint16_t number, int64_t max_rows)
   evicted_v_ = Matrix<bf16>(evicted_memory_, gpu::DType::kBf16, max_rows, cols,
                             n * static_cast<size_t>(cols));
   const int64_t l = w_.job.wire_shape().l;
+  evicted_host_ =
+      w_.device.AllocateStaging(n * (2 * static_cast<size_t>(cols) * sizeof(bf16) +
+                                     static_cast<size_t>(shape.kv_heads * l) * sizeof(uint16_t)));
   if (l == 0) return;
+  means_memory_ = w_.device.Allocate(n * static_cast<size_t>(cols) * sizeof(float));
+  evicted_means_ = Matrix<float>(means_memory_, gpu::DType::kF32, max_rows, cols);
   const size_t code_count = n * static_cast<size_t>((heads + shape.kv_heads) * l);
   codes_host_ = w_.device.AllocateStaging(code_count * sizeof(uint16_t));
   code_memory_ = w_.device.Allocate(code_count * sizeof(uint16_t));
@@ -111,11 +116,7 @@ void MicroBatch::BeginLayer() {
   const bool hosted = w_.kinds[layer] != Job::LayerKind::kResident;
   if (hosted) {
     const gpu::Tensor q = a_->q.Rows(0, n);
-    const auto cols = static_cast<size_t>(q.cols);
-    for (int64_t row = 0; row < n; ++row) {
-      w_.device.CopyToHost(static_cast<float*>(q_host_->data()) + static_cast<size_t>(row) * cols,
-                           q.Rows(row, 1).data, cols * sizeof(float));
-    }
+    w_.device.Convert(q, Matrix<float>(q_host_, gpu::DType::kF32, n, q.cols));
     if (Sampled() && w_.job.lsh()) {
       w_.device.HashCodes(q, {}, codes_.Rows(0, n));
       w_.device.CopyToHost(codes_host_->data(), codes_.data,
@@ -132,6 +133,7 @@ void MicroBatch::BeginLayer() {
                                partials_.num.Rows(0, n)};
   if (hosted && event_->Done()) HandOver();
   w_.device.DecodeAttention(a_->q.Rows(0, n), views, partials);
+  if (hosted) GatherEvicted();
   if (state_ == State::kLayer) state_ = hosted ? State::kHandOver : State::kHosts;
 }
 
@@ -140,53 +142,66 @@ void MicroBatch::HandOver() {
   w_.link->SendQuery(
       number_, layer_, step_, plan_, !Sampled(), static_cast<const float*>(q_host_->data()),
       codes_host_ ? static_cast<const uint16_t*>(codes_host_->data()) : nullptr, &box_);
-  SendEvicted();
   state_ = State::kHosts;
 }
 
-// The tokens that the next step will find offloaded leave now, behind the query.
-void MicroBatch::SendEvicted() {
+// The tokens that the next step will find offloaded: their K, V and codes on the way to host
+// memory, behind the attention over what is here.
+void MicroBatch::GatherEvicted() {
   const auto layer = static_cast<size_t>(layer_);
   const auto sinks = static_cast<int64_t>(w_.job.config.attention().sinks());
   TokenPlaces places;
-  std::vector<size_t> leaving;
+  leaving_.clear();
   for (size_t i = 0; i < sequences_.size(); ++i) {
     const Sequence& s = *sequences_[i];
     if (w_.job.Offloaded(static_cast<uint64_t>(s.tokens) + 1) == 0) continue;
     const auto position = sinks + static_cast<int64_t>(rows_[i].offloaded_tokens);
     places.Add(s.pages[layer], w_.SlotOf(layer_, position));
-    leaving.push_back(i);
+    leaving_.push_back(i);
   }
-  if (leaving.empty()) return;
-  const auto n = static_cast<int64_t>(leaving.size());
-  w_.device.LoadKv(places.pages, places.slots, evicted_k_.Rows(0, n), evicted_v_.Rows(0, n));
-  const bool codes = Sampled() && w_.job.lsh();
-  if (codes) {
+  if (leaving_.empty()) return;
+  const auto n = static_cast<int64_t>(leaving_.size());
+  const gpu::Tensor k = evicted_k_.Rows(0, n), v = evicted_v_.Rows(0, n);
+  w_.device.LoadKv(places.pages, places.slots, k, v);
+  const size_t bytes = static_cast<size_t>(n * k.cols) * sizeof(bf16);
+  auto* host = static_cast<std::byte*>(evicted_host_->data());
+  w_.device.CopyToHost(host, k.data, bytes);
+  w_.device.CopyToHost(host + bytes, v.data, bytes);
+  if (Sampled() && w_.job.lsh()) {
+    const gpu::Tensor means = evicted_means_.Rows(0, n), codes = evicted_codes_.Rows(0, n);
     for (int64_t i = 0; i < n; ++i) {
-      w_.device.HashCodes(evicted_k_.Rows(i, 1),
-                          w_.Means(*sequences_[leaving[static_cast<size_t>(i)]], layer_),
-                          evicted_codes_.Rows(i, 1));
+      const size_t row = leaving_[static_cast<size_t>(i)];
+      w_.device.CopyToDevice(means.Rows(i, 1).data, w_.Means(*sequences_[row], layer_).data,
+                             static_cast<size_t>(means.cols) * sizeof(float));
     }
+    w_.device.HashCodes(k, means, codes);
+    w_.device.CopyToHost(host + 2 * bytes, codes.data,
+                         static_cast<size_t>(n * codes.cols) * sizeof(uint16_t));
   }
-  const size_t cols = w_.kv_cols();
-  std::vector<bf16> k(cols), v(cols);
-  std::vector<uint16_t> code(codes ? static_cast<size_t>(evicted_codes_.cols) : 0);
-  for (int64_t i = 0; i < n; ++i) {
-    const size_t row = leaving[static_cast<size_t>(i)];
-    w_.device.CopyToHost(k.data(), evicted_k_.Rows(i, 1).data, cols * sizeof(bf16));
-    w_.device.CopyToHost(v.data(), evicted_v_.Rows(i, 1).data, cols * sizeof(bf16));
-    if (codes) {
-      w_.device.CopyToHost(code.data(), evicted_codes_.Rows(i, 1).data,
-                           code.size() * sizeof(uint16_t));
-    }
-    w_.device.Record()->Wait();
-    w_.link->SendKv(sequences_[row]->hosted, layer_, rows_[row].offloaded_tokens, 1, k.data(),
-                    v.data(), codes ? code.data() : nullptr);
+  evicted_event_ = w_.device.Record();
+}
+
+// They leave behind the query, and before the next step's.
+void MicroBatch::SendEvicted() {
+  if (w_.kinds[static_cast<size_t>(layer_)] == Job::LayerKind::kResident || leaving_.empty())
+    return;
+  evicted_event_->Wait();
+  const size_t cols = w_.kv_cols(), n = leaving_.size();
+  const auto* k = static_cast<const bf16*>(evicted_host_->data());
+  const bf16* v = k + n * cols;
+  const auto* codes = reinterpret_cast<const uint16_t*>(v + n * cols);
+  const bool hashed = Sampled() && w_.job.lsh();
+  for (size_t i = 0; i < n; ++i) {
+    const size_t row = leaving_[i];
+    w_.link->SendKv(sequences_[row]->hosted, layer_, rows_[row].offloaded_tokens, 1, k + i * cols,
+                    v + i * cols,
+                    hashed ? codes + i * static_cast<size_t>(evicted_codes_.cols) : nullptr);
   }
 }
 
 void MicroBatch::FinishLayer() {
   const auto n = static_cast<int64_t>(sequences_.size());
+  SendEvicted();
   MergeReplies();
   const gpu::Partials partials{partials_.max.Rows(0, n), partials_.den.Rows(0, n),
                                partials_.num.Rows(0, n)};

@@ -11,6 +11,8 @@ class MicroBatchTuner {
  public:
   // fixed: 0 measures and chooses.
   explicit MicroBatchTuner(uint32_t fixed) : fixed_(fixed) {}
+  // The most that one with this setting ever chooses.
+  static uint32_t Most(uint32_t fixed) { return fixed > 0 ? fixed : 2; }
 
   uint32_t Choose(uint64_t batch) {
     if (fixed_ > 0) return fixed_;

@@ -1,10 +1,11 @@
 #include "runtime/engine/model_rank.h"
 
 #include <algorithm>
+#include <limits>
 
-#include "runtime/base/checked_math.h"
 #include "runtime/base/error.h"
 #include "runtime/base/random.h"
+#include "runtime/engine/micro_batch_tuner.h"
 
 namespace passel::engine {
 
@@ -28,25 +29,66 @@ ModelRank::ModelRank(const Job& job, gpu::Device& device, const model::Transform
         RandomProjections(a.seed(), static_cast<size_t>(job.model.head_dim), a.k(), a.l()),
         job.model.head_dim, static_cast<int32_t>(a.k()), static_cast<int32_t>(a.l()));
   }
-  const gpu::AttentionShape shape = transformer.attention_shape();
+  logits_row_ = device.AllocateStaging(static_cast<size_t>(job.model.vocab) * sizeof(float));
+  best_ids_ = device.AllocateStaging(job.config.engine().max_batch() * sizeof(int32_t));
+  // What decoding needs is made before the KV pool takes the rest.
+  const config::Engine& engine = job.config.engine();
+  const uint64_t parts = link_ ? MicroBatchTuner::Most(engine.micro_batches()) : 1;
+  for (uint64_t part = 0; part < std::min<uint64_t>(parts, engine.max_batch()); ++part) {
+    micro_batches_.push_back(
+        std::make_unique<MicroBatch>(workspace_, static_cast<uint16_t>(part), engine.max_batch()));
+  }
+  CreateKvPool();
+}
+
+void ModelRank::CreateKvPool() {
+  const gpu::AttentionShape shape = workspace_.transformer.attention_shape();
   const auto page_bytes = static_cast<uint64_t>(gpu::kKvPageTokens) * 2 * sizeof(bf16) *
                           static_cast<uint64_t>(shape.kv_heads * shape.head_dim);
-  const uint64_t budget = device.info().memory_bytes;
-  const uint64_t left = budget > device.allocated_bytes() ? budget - device.allocated_bytes() : 0;
-  // A tenth stays for activations; no more than a full batch of the longest requests needs.
-  const uint64_t wanted = static_cast<uint64_t>(workspace_.PagesFor(job.model.context_length)) *
-                          job.config.engine().max_batch();
+  const uint64_t max_batch = job_.config.engine().max_batch();
+  const auto context = static_cast<uint64_t>(job_.model.context_length);
+  const uint64_t budget = device_.info().memory_bytes;
+  const auto take = [&](uint64_t from, uint64_t bytes) { return from > bytes ? from - bytes : 0; };
+  // A twentieth stays for what kernels allocate for themselves.
+  uint64_t left = take(budget, device_.allocated_bytes()) / 20 * 19;
+  left = take(left, max_batch * MeansBytes());
+  // Prefill holds a layer of a whole prompt: of the longest, or as much as half of what is left.
+  const uint64_t codes = PrefillJob::CodeBytes(workspace_);
+  const uint64_t token = PrefillJob::BytesPerToken(workspace_);
+  const uint64_t prompt = std::min(context, take(left / 2, codes) / token);
+  left = take(left, codes + prompt * token);
+  // No more than a full batch of the longest requests needs.
+  const uint64_t wanted =
+      static_cast<uint64_t>(workspace_.PagesFor(job_.model.context_length)) * max_batch;
   const uint64_t pages =
-      std::min({left / 10 * 9 / page_bytes, wanted, uint64_t{std::numeric_limits<int32_t>::max()}});
-  if (pages == 0) {
-    throw Error(ErrorClass::kMemory, "model rank " + std::to_string(job.self.value) + ": " +
-                                         std::to_string(left) +
-                                         " bytes are left for the KV cache; expected at least " +
-                                         std::to_string(page_bytes));
+      std::min({left / page_bytes, wanted, uint64_t{std::numeric_limits<int32_t>::max()}});
+  if (pages == 0 || prompt == 0) {
+    throw Error(ErrorClass::kMemory, "model rank " + std::to_string(job_.self.value) + ": of " +
+                                         std::to_string(budget) +
+                                         " bytes of memory, weights and activations take " +
+                                         std::to_string(device_.allocated_bytes()) +
+                                         "; expected room for a KV cache behind them");
   }
-  total_pages_ = static_cast<int64_t>(pages);
-  pages_ = KvPages(static_cast<int32_t>(pages));
-  device.CreateKvPool(shape, static_cast<int32_t>(pages));
+  // Plans are the same on every model rank, and so is what they may ask for.
+  total_pages_ = static_cast<int64_t>(LeastOfRanks(pages));
+  max_prompt_ = static_cast<int64_t>(LeastOfRanks(prompt));
+  pages_ = KvPages(static_cast<int32_t>(total_pages_));
+  device_.CreateKvPool(shape, static_cast<int32_t>(total_pages_));
+}
+
+uint64_t ModelRank::MeansBytes() const {
+  if (!link_) return 0;
+  return static_cast<uint64_t>(job_.model.layers) * workspace_.kv_cols() * sizeof(float);
+}
+
+uint64_t ModelRank::LeastOfRanks(uint64_t value) const {
+  uint64_t least = value;
+  for (int32_t rank = 0; rank < collectives_.size(); ++rank) {
+    uint64_t theirs = value;
+    collectives_.Broadcast(std::as_writable_bytes(std::span(&theirs, 1)), rank);
+    least = std::min(least, theirs);
+  }
+  return least;
 }
 
 void ModelRank::BroadcastPlan(cluster::proto::StepPlan& plan) {
@@ -92,8 +134,7 @@ void ModelRank::Admit(const cluster::proto::StepPlan::Admit& admit) {
                          job_.hosts(), static_cast<uint32_t>(job_.model.kv_heads)};
   if (link_) {
     s->hosted.segments = job_.Segments(s->prompt.size(), static_cast<uint64_t>(admit.max_tokens()));
-    s->means = device_.Allocate(static_cast<size_t>(job_.model.layers) * workspace_.kv_cols() *
-                                sizeof(float));
+    s->means = device_.Allocate(MeansBytes());
   }
   const auto tokens = static_cast<int64_t>(s->prompt.size()) + s->max_tokens;
   for (int32_t layer = 0; layer < job_.model.layers; ++layer) {
@@ -113,25 +154,32 @@ void ModelRank::Pump(int milliseconds) {
   if (link_) link_->Pump(std::chrono::milliseconds(milliseconds));
 }
 
-void ModelRank::Emit(const Sequence& sequence, const gpu::Tensor& row,
+void ModelRank::Emit(std::span<Sequence* const> sequences, const gpu::Tensor& rows,
                      const LogitsHandler& logits) {
   if (!logits) return;
-  logits_row_.resize(static_cast<size_t>(job_.model.vocab));
-  device_.CopyToHost(logits_row_.data(), row.data, logits_row_.size() * sizeof(float));
+  const std::span<int32_t> best(static_cast<int32_t*>(best_ids_->data()), sequences.size());
+  device_.ArgMax(rows, best);
   device_.Record()->Wait();
-  logits(sequence.id, logits_row_);
+  for (size_t i = 0; i < sequences.size(); ++i) {
+    const std::span<float> row(static_cast<float*>(logits_row_->data()),
+                               static_cast<size_t>(job_.model.vocab));
+    logits(sequences[i]->id, {best[i], [&] {
+                                device_.CopyToHost(row.data(),
+                                                   rows.Rows(static_cast<int64_t>(i), 1).data,
+                                                   row.size_bytes());
+                                device_.Record()->Wait();
+                                return std::span<const float>(row);
+                              }});
+  }
 }
 
 void ModelRank::Decode(const cluster::proto::StepPlan& plan, const LogitsHandler& logits) {
   const auto batch = static_cast<uint64_t>(plan.decode_size());
-  const uint64_t parts = std::clamp<uint64_t>(plan.micro_batches(), 1, batch);
+  const uint64_t parts = std::clamp<uint64_t>(plan.micro_batches(), 1,
+                                              std::min<uint64_t>(batch, micro_batches_.size()));
   std::vector<MicroBatch*> running;
   uint64_t begin = 0;
   for (uint64_t part = 0; part < parts; ++part) {
-    if (micro_batches_.size() <= part) {
-      micro_batches_.push_back(std::make_unique<MicroBatch>(workspace_, static_cast<uint16_t>(part),
-                                                            job_.config.engine().max_batch()));
-    }
     const uint64_t end = batch * (part + 1) / parts;
     std::vector<Sequence*> sequences;
     std::vector<int32_t> tokens;
@@ -164,9 +212,8 @@ void ModelRank::Decode(const cluster::proto::StepPlan& plan, const LogitsHandler
     ++turn;
   }
   for (const MicroBatch* m : running) {
-    for (size_t i = 0; i < m->sequences().size(); ++i) {
-      Emit(*m->sequences()[i], m->activations().logits.Rows(static_cast<int64_t>(i), 1), logits);
-    }
+    const auto n = static_cast<int64_t>(m->sequences().size());
+    Emit(m->sequences(), m->activations().logits.Rows(0, n), logits);
   }
 }
 
@@ -185,7 +232,8 @@ void ModelRank::Prefill(uint64_t id, uint32_t steps, const LogitsHandler& logits
     ++i;
     if (!live.prefill->Step()) continue;
     live.prefill.reset();
-    Emit(*live.sequence, prefill_activations_->logits.Rows(0, 1), logits);
+    Sequence* const sequence = live.sequence.get();
+    Emit(std::span(&sequence, 1), prefill_activations_->logits.Rows(0, 1), logits);
   }
 }
 

@@ -18,6 +18,17 @@ gpu::Tensor Matrix(void* data, gpu::DType type, int64_t rows, int64_t cols) {
 
 }  // namespace
 
+uint64_t PrefillJob::BytesPerToken(const Workspace& w) {
+  return static_cast<uint64_t>(w.job.model.hidden) * sizeof(float) + 2 * w.kv_cols() * sizeof(bf16);
+}
+
+uint64_t PrefillJob::CodeBytes(const Workspace& w) {
+  if (!w.link || !w.job.lsh()) return 0;
+  const uint64_t codes = uint64_t{w.job.wire_shape().l} *
+                         static_cast<uint64_t>(w.transformer.attention_shape().kv_heads);
+  return static_cast<uint64_t>(kOffloadRows) * codes * sizeof(uint16_t);
+}
+
 PrefillJob::PrefillJob(Workspace& workspace, Sequence& sequence, model::Activations& activations)
     : w_(workspace), sequence_(sequence), a_(activations) {
   const auto n = static_cast<int64_t>(sequence.prompt.size());
