@@ -3,9 +3,11 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <iterator>
 #include <numeric>
 #include <utility>
 
+#include "runtime/base/checked_math.h"
 #include "runtime/base/random.h"
 
 namespace passel::host {
@@ -41,17 +43,19 @@ Scratch& Scratch::Local() {
 
 Batch::Batch(const Options& options, const Kernels& kernels, AttendBatch batch,
              std::vector<Item> items)
-    : options_(options), kernels_(kernels), batch_(std::move(batch)), items_(std::move(items)) {
+    : options_(options),
+      kernels_(kernels),
+      batch_(std::move(batch)),
+      items_(std::move(items)),
+      merged_(items_.size()) {
+  size_t floats = 0;
   const auto add = [&](uint32_t item, uint32_t view, uint32_t head, uint32_t first, uint32_t last) {
-    Unit unit{item, view, head, first, last, {}, {}, {}, {}, {}};
-    const size_t heads = head == kAllHeads ? options_.group : 1;
-    unit.max.assign(heads, kEmptyMax);
-    unit.den.assign(heads, 0);
-    unit.num.assign(heads * options_.head_dim, 0);
-    unit.sampled.assign(heads, 0);
-    units_.push_back(std::move(unit));
+    units_.push_back({item, view, head, first, last, floats});
+    // Whole cache lines, so that threads do not share one.
+    floats += RoundUp(HeadsOf(units_.back()) * (options_.head_dim + 2), 16);
   };
   for (uint32_t i = 0; i < items_.size(); ++i) {
+    merged_[i].first = units_.size();
     const bool by_head =
         options_.estimator == Estimator::kTopK || options_.estimator == Estimator::kOracleSample;
     for (uint32_t v = 0; v < items_[i].views.size(); ++v) {
@@ -66,44 +70,67 @@ Batch::Batch(const Options& options, const Kernels& kernels, AttendBatch batch,
         add(i, v, kAllHeads, at, std::min(at + tile, view.limit));
       }
     }
+    merged_[i].last = units_.size();
+    merged_[i].left = units_.size() - merged_[i].first;
   }
+  results_ = std::make_unique_for_overwrite<float[]>(floats);
+  sampled_.resize(units_.size());
+  if (batch_.collect_ids) ids_.resize(units_.size());
+}
+
+Batch::Partials Batch::PartialsOf(const Unit& unit) {
+  float* at = results_.get() + unit.out;
+  return {at, at + HeadsOf(unit), at + 2 * HeadsOf(unit)};
 }
 
 void Batch::Run(size_t index) {
-  Unit& unit = units_[index];
+  const Unit& unit = units_[index];
+  Partials out = PartialsOf(unit);
+  std::fill_n(out.max, HeadsOf(unit), kEmptyMax);
+  std::fill_n(out.den, HeadsOf(unit) * (1 + size_t{options_.head_dim}), 0.0f);
+  RunUnit(index, out);
+  // Whoever runs an item's last unit merges it, so that items merge in parallel.
+  if (merged_[unit.item].left.fetch_sub(1) == 1) MergeItem(unit.item);
+}
+
+void Batch::RunUnit(size_t index, const Partials& out) {
+  const Unit& unit = units_[index];
   const QueryItem& item = batch_.items[unit.item];
   const Item& held = items_[unit.item];
   const SegmentView& view = *held.views[unit.view];
   if (unit.head == kAllHeads) {
-    RunExact(unit, view, item.q);
+    RunExact(index, view, item.q, out);
     return;
   }
   switch (options_.estimator) {
     case Estimator::kLsh:
-      RunLsh(unit, view, item, held.mean->data());
+      RunLsh(index, view, item, held.mean->data(), out);
       break;
     case Estimator::kTopK:
-      RunTopK(unit, view, item.q + size_t{unit.head} * options_.head_dim);
+      RunTopK(index, view, item.q + size_t{unit.head} * options_.head_dim, out);
       break;
     case Estimator::kOracleSample:
-      RunOracle(unit, view, item);
+      RunOracle(index, view, item, out);
       break;
     case Estimator::kFull:
       break;  // has no such units
   }
 }
 
-void Batch::RunExact(Unit& unit, const SegmentView& view, const float* q) {
+void Batch::RunExact(size_t index, const SegmentView& view, const float* q, const Partials& out) {
+  const Unit& unit = units_[index];
   const uint64_t start = batch_.times != nullptr ? Nanoseconds() : 0;
   const uint32_t group = options_.group;
   float* work = Scratch::Local().work(WorkFloats(group, options_.head_dim));
-  kernels_.attend_dense(view.rows, unit.first, unit.last - unit.first, q, group, work,
-                        unit.max.data(), unit.den.data(), unit.num.data());
-  std::fill(unit.sampled.begin(), unit.sampled.end(), uint64_t{unit.last} - unit.first);
+  kernels_.attend_dense(view.rows, unit.first, unit.last - unit.first, q, group, work, out.max,
+                        out.den, out.num);
+  sampled_[index] = unit.last - unit.first;
   if (batch_.times != nullptr) batch_.times->attend_ns += Nanoseconds() - start;
 }
 
-void Batch::RunLsh(Unit& unit, const SegmentView& view, const QueryItem& item, const float* mean) {
+void Batch::RunLsh(size_t index, const SegmentView& view, const QueryItem& item, const float* mean,
+                   const Partials& out) {
+  const Unit& unit = units_[index];
   Scratch& scratch = Scratch::Local();
   const uint64_t start = batch_.times != nullptr ? Nanoseconds() : 0;
   const uint16_t* codes = item.codes + size_t{unit.head} * options_.l;
@@ -112,22 +139,22 @@ void Batch::RunLsh(Unit& unit, const SegmentView& view, const QueryItem& item, c
     count += block->Probe(kernels_, codes, view.sampled, scratch.probe(), scratch.ids() + count);
   }
   const uint64_t probed = batch_.times != nullptr ? Nanoseconds() : 0;
-  kernels_.attend_list(
-      view.rows, scratch.ids(), count, item.q + size_t{unit.head} * options_.head_dim,
-      {mean, options_.k, options_.l}, scratch.work(WorkFloats(1, options_.head_dim)),
-      {unit.max.data(), unit.den.data(), unit.num.data()});
-  unit.sampled[0] = count;
-  if (batch_.collect_ids) unit.ids.assign(scratch.ids(), scratch.ids() + count);
+  kernels_.attend_list(view.rows, scratch.ids(), count,
+                       item.q + size_t{unit.head} * options_.head_dim,
+                       {mean, options_.k, options_.l},
+                       scratch.work(WorkFloats(1, options_.head_dim)), {out.max, out.den, out.num});
+  sampled_[index] = count;
+  if (batch_.collect_ids) ids_[index].assign(scratch.ids(), scratch.ids() + count);
   if (batch_.times != nullptr) {
     batch_.times->probe_ns += probed - start;
     batch_.times->attend_ns += Nanoseconds() - probed;
   }
 }
 
-void Batch::RunTopK(Unit& unit, const SegmentView& view, const float* q) {
+void Batch::RunTopK(size_t index, const SegmentView& view, const float* q, const Partials& out) {
   Scratch& scratch = Scratch::Local();
   float* work = scratch.work(WorkFloats(1, options_.head_dim));
-  const uint32_t n = unit.last;
+  const uint32_t n = units_[index].last;
   const float* scores = scratch.scores();
   kernels_.scores(view.rows, 0, n, q, work, scratch.scores());
   uint32_t* ids = scratch.ids();
@@ -138,15 +165,16 @@ void Batch::RunTopK(Unit& unit, const SegmentView& view, const float* q) {
     return scores[a] != scores[b] ? scores[a] > scores[b] : a < b;
   });
   std::sort(ids, ids + wanted);
-  kernels_.attend_list(view.rows, ids, wanted, q, {}, work,
-                       {unit.max.data(), unit.den.data(), unit.num.data()});
-  unit.sampled[0] = wanted;
-  if (batch_.collect_ids) unit.ids.assign(ids, ids + wanted);
+  kernels_.attend_list(view.rows, ids, wanted, q, {}, work, {out.max, out.den, out.num});
+  sampled_[index] = wanted;
+  if (batch_.collect_ids) ids_[index].assign(ids, ids + wanted);
 }
 
 // Draws with replacement from the segment's true softmax: den is exact, num = den · mean of the
 // drawn values, unbiased.
-void Batch::RunOracle(Unit& unit, const SegmentView& view, const QueryItem& item) {
+void Batch::RunOracle(size_t index, const SegmentView& view, const QueryItem& item,
+                      const Partials& out) {
+  const Unit& unit = units_[index];
   Scratch& scratch = Scratch::Local();
   const uint32_t n = unit.last, d = options_.head_dim;
   const float* q = item.q + size_t{unit.head} * d;
@@ -172,16 +200,16 @@ void Batch::RunOracle(Unit& unit, const SegmentView& view, const QueryItem& item
     ids.push_back(static_cast<uint32_t>(std::min<ptrdiff_t>(at - cumulative.begin(), n - 1)));
   }
   std::sort(ids.begin(), ids.end());
-  unit.max[0] = max;
-  unit.den[0] = static_cast<float>(total);
+  *out.max = max;
+  *out.den = static_cast<float>(total);
   const float weight = static_cast<float>(total / static_cast<double>(draws));
   for (const uint32_t id : ids) {
     LoadRow(view.rows, id, work, work + d);
-    for (uint32_t j = 0; j < d; ++j) unit.num[j] += weight * work[d + j];
+    for (uint32_t j = 0; j < d; ++j) out.num[j] += weight * work[d + j];
   }
   ids.erase(std::unique(ids.begin(), ids.end()), ids.end());
-  unit.sampled[0] = ids.size();
-  if (batch_.collect_ids) unit.ids = std::move(ids);
+  sampled_[index] = ids.size();
+  if (batch_.collect_ids) ids_[index] = std::move(ids);
 }
 
 PartialItem Batch::Empty(uint32_t item, int32_t segment) const {
@@ -196,38 +224,45 @@ PartialItem Batch::Empty(uint32_t item, int32_t segment) const {
   return p;
 }
 
-void Batch::Merge(const Unit& unit, PartialItem& into) const {
+void Batch::Merge(size_t index, PartialItem& into) {
+  const Unit& unit = units_[index];
+  const Partials from = PartialsOf(unit);
   const size_t d = options_.head_dim;
   const size_t first = unit.head == kAllHeads ? 0 : unit.head;
   const uint64_t offset = items_[unit.item].views[unit.view]->segment->spec().first_token;
-  for (size_t h = 0; h < unit.max.size(); ++h) {
+  for (size_t h = 0; h < HeadsOf(unit); ++h) {
     const size_t at = first + h;
-    MergePartial({&into.max[at], &into.den[at], &into.num[at * d]}, unit.max[h], unit.den[h],
-                 &unit.num[h * d], d);
-    into.sampled[at] += unit.sampled[h];
+    MergePartial({&into.max[at], &into.den[at], &into.num[at * d]}, from.max[h], from.den[h],
+                 from.num + h * d, d);
+    into.sampled[at] += sampled_[index];
     if (!batch_.collect_ids) continue;
-    for (const uint32_t id : unit.ids) into.ids[at].push_back(offset + id);
+    for (const uint32_t id : ids_[index]) into.ids[at].push_back(offset + id);
     if (unit.head != kAllHeads) continue;
     for (uint32_t id = unit.first; id < unit.last; ++id) into.ids[at].push_back(offset + id);
   }
 }
 
-std::vector<PartialItem> Batch::Finish() const {
-  std::vector<PartialItem> result;
-  size_t at = 0;
-  for (uint32_t i = 0; i < items_.size(); ++i) {
-    if (!options_.deterministic) result.push_back(Empty(i, -1));
-    for (uint32_t v = 0; v < items_[i].views.size(); ++v) {
-      if (options_.deterministic) {
-        const uint32_t number = items_[i].views[v]->segment->number();
-        result.push_back(Empty(i, static_cast<int32_t>(number)));
-      }
-      for (; at < units_.size() && units_[at].item == i && units_[at].view == v; ++at) {
-        Merge(units_[at], result.back());
-      }
+void Batch::MergeItem(uint32_t item) {
+  Result& result = merged_[item];
+  if (!options_.deterministic) result.partials.push_back(Empty(item, -1));
+  size_t at = result.first;
+  for (uint32_t v = 0; v < items_[item].views.size(); ++v) {
+    if (options_.deterministic) {
+      const uint32_t number = items_[item].views[v]->segment->number();
+      result.partials.push_back(Empty(item, static_cast<int32_t>(number)));
     }
+    for (; at < result.last && units_[at].view == v; ++at) Merge(at, result.partials.back());
   }
-  return result;
+}
+
+std::vector<PartialItem> Batch::Finish() {
+  std::vector<PartialItem> all;
+  for (uint32_t i = 0; i < items_.size(); ++i) {
+    Result& result = merged_[i];
+    if (result.first == result.last) MergeItem(i);  // nothing of it is here
+    std::move(result.partials.begin(), result.partials.end(), std::back_inserter(all));
+  }
+  return all;
 }
 
 }  // namespace passel::host

@@ -46,28 +46,41 @@ class Batch {
 
   size_t units() const { return units_.size(); }
   void Run(size_t unit);
-  // After all units: the partials, merged in order.
-  std::vector<PartialItem> Finish() const;
+  // After all units: the partials, in order.
+  std::vector<PartialItem> Finish();
   const std::vector<Item>& items() const { return items_; }
   // Lets go of the segments, so that a released request's memory is free before `done` runs.
   void Drop() { items_.clear(); }
 
  private:
   static constexpr uint32_t kAllHeads = UINT32_MAX;
+  // `out`: where in results_ its partials stand: of one head, or of the group; [heads], [heads],
+  // [heads, head_dim].
   struct Unit {
     uint32_t item, view;
     uint32_t head;  // or kAllHeads: tokens [first, last), exactly
     uint32_t first, last;
-    // Of one head, or of the group: [heads], [heads], [heads, head_dim].
-    std::vector<float> max, den, num;
-    std::vector<uint64_t> sampled;
-    std::vector<uint32_t> ids;
+    size_t out;
   };
-  void RunExact(Unit& unit, const SegmentView& view, const float* q);
-  void RunLsh(Unit& unit, const SegmentView& view, const QueryItem& item, const float* mean);
-  void RunTopK(Unit& unit, const SegmentView& view, const float* q);
-  void RunOracle(Unit& unit, const SegmentView& view, const QueryItem& item);
-  void Merge(const Unit& unit, PartialItem& into) const;
+  // Its views' partials, once the last of its units, units_[first … last), has merged them.
+  struct Result {
+    size_t first = 0, last = 0;
+    std::atomic<size_t> left{0};
+    std::vector<PartialItem> partials;
+  };
+  struct Partials {
+    float *max, *den, *num;
+  };
+  size_t HeadsOf(const Unit& unit) const { return unit.head == kAllHeads ? options_.group : 1; }
+  Partials PartialsOf(const Unit& unit);
+  void RunUnit(size_t index, const Partials& out);
+  void RunExact(size_t index, const SegmentView& view, const float* q, const Partials& out);
+  void RunLsh(size_t index, const SegmentView& view, const QueryItem& item, const float* mean,
+              const Partials& out);
+  void RunTopK(size_t index, const SegmentView& view, const float* q, const Partials& out);
+  void RunOracle(size_t index, const SegmentView& view, const QueryItem& item, const Partials& out);
+  void MergeItem(uint32_t item);
+  void Merge(size_t unit, PartialItem& into);
   PartialItem Empty(uint32_t item, int32_t segment) const;
 
   const Options options_;
@@ -75,6 +88,11 @@ class Batch {
   const AttendBatch batch_;
   std::vector<Item> items_;
   std::vector<Unit> units_;
+  // What units find; each writes its own part, so that none is touched before.
+  std::unique_ptr<float[]> results_;
+  std::vector<uint64_t> sampled_;           // tokens, by unit
+  std::vector<std::vector<uint32_t>> ids_;  // by unit, where they are collected
+  std::vector<Result> merged_;              // by item
 };
 
 }  // namespace passel::host

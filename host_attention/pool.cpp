@@ -62,6 +62,7 @@ class Cores {
 }  // namespace
 
 struct Pool::Loop {
+  Lane lane = Lane::kForeground;
   size_t units = 0;
   std::function<void(size_t)> unit;
   std::function<void()> finish;
@@ -83,30 +84,60 @@ Pool::~Pool() {
   std::unique_lock lock(mutex_);
   idle_.wait(lock, [this] { return unfinished_ == 0; });
   stopping_ = true;
-  posted_.notify_all();
+  ++pushes_;
+  pushes_.notify_all();
 }
 
-void Pool::Post(Lane lane, std::function<void()> job) {
+void Pool::Push(Lane lane, Entry entry) {
+  const size_t runners = entry.runners;
   {
     const std::lock_guard lock(mutex_);
-    ++unfinished_;
-    (lane == Lane::kForeground ? foreground_ : background_).push_back(std::move(job));
+    unfinished_ += runners;
+    (lane == Lane::kForeground ? foreground_ : background_).push_back(std::move(entry));
+    ++pushes_;
   }
-  posted_.notify_one();
+  if (runners > 1) {
+    pushes_.notify_all();
+  } else {
+    pushes_.notify_one();
+  }
+}
+
+void Pool::Post(Lane lane, std::function<void()> job) { Push(lane, {std::move(job), nullptr, 1}); }
+
+bool Pool::Take(Entry* entry) {
+  if (foreground_.empty() && background_.empty()) return false;
+  auto& queue = foreground_.empty() ? background_ : foreground_;
+  Entry& front = queue.front();
+  if (front.runners > 1) {
+    --front.runners;
+    entry->loop = front.loop;
+    return true;
+  }
+  *entry = std::move(front);
+  queue.pop_front();
+  return true;
 }
 
 void Pool::Work() {
   std::unique_lock lock(mutex_);
   for (;;) {
-    posted_.wait(lock,
-                 [this] { return stopping_ || !foreground_.empty() || !background_.empty(); });
-    if (foreground_.empty() && background_.empty()) return;
-    auto& queue = foreground_.empty() ? background_ : foreground_;
-    std::function<void()> job = std::move(queue.front());
-    queue.pop_front();
+    Entry entry;
+    if (!Take(&entry)) {
+      if (stopping_) return;
+      const uint32_t seen = pushes_;
+      lock.unlock();
+      pushes_.wait(seen);
+      lock.lock();
+      continue;
+    }
     lock.unlock();
-    job();
-    job = nullptr;  // what it held goes before the pool counts as idle
+    if (entry.loop != nullptr) {
+      RunLoop(entry.loop);
+    } else {
+      entry.job();
+    }
+    entry = {};  // what it held goes before the pool counts as idle
     lock.lock();
     if (--unfinished_ == 0) idle_.notify_all();
   }
@@ -119,17 +150,15 @@ void Pool::ForEach(Lane lane, size_t units, std::function<void(size_t)> unit,
     return;
   }
   auto loop = std::make_shared<Loop>();
+  loop->lane = lane;
   loop->units = units;
   loop->unit = std::move(unit);
   loop->finish = std::move(finish);
   loop->left = units;
-  const size_t runners = std::min<size_t>(units, threads_);
-  for (size_t i = 0; i < runners; ++i) {
-    Post(lane, [this, lane, loop] { RunLoop(lane, loop); });
-  }
+  Push(lane, {nullptr, std::move(loop), std::min<size_t>(units, threads_)});
 }
 
-void Pool::RunLoop(Lane lane, const std::shared_ptr<Loop>& loop) {
+void Pool::RunLoop(const std::shared_ptr<Loop>& loop) {
   for (;;) {
     const size_t i = loop->next.fetch_add(1);
     if (i >= loop->units) return;
@@ -138,8 +167,8 @@ void Pool::RunLoop(Lane lane, const std::shared_ptr<Loop>& loop) {
       loop->finish();
       return;
     }
-    if (lane == Lane::kBackground) {
-      Post(lane, [this, lane, loop] { RunLoop(lane, loop); });
+    if (loop->lane == Lane::kBackground) {
+      Push(loop->lane, {nullptr, loop, 1});
       return;
     }
   }

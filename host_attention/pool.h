@@ -1,5 +1,6 @@
 #pragma once
 
+#include <atomic>
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
@@ -35,13 +36,27 @@ class Pool {
 
  private:
   struct Loop;
+  // A job, or a loop that so many more threads may join.
+  struct Entry {
+    std::function<void()> job;
+    std::shared_ptr<Loop> loop;
+    size_t runners = 1;
+  };
   void Work();
-  void RunLoop(Lane lane, const std::shared_ptr<Loop>& loop);
+  void Push(Lane lane, Entry entry);
+  // The next job, without what stays in the queue of its entry; false if there is none. Under the
+  // mutex.
+  bool Take(Entry* entry);
+  void RunLoop(const std::shared_ptr<Loop>& loop);
 
   uint32_t threads_;
   std::mutex mutex_;
-  std::condition_variable posted_, idle_;
-  std::deque<std::function<void()>> foreground_, background_;
+  // Changes, under the mutex, with every push. Threads without work sleep on it, not on a condition
+  // variable: all that a loop needs are woken by one call, and none has to wait for the mutex to be
+  // handed on before it runs.
+  std::atomic<uint32_t> pushes_{0};
+  std::condition_variable idle_;
+  std::deque<Entry> foreground_, background_;
   size_t unfinished_ = 0;  // jobs queued or running
   bool stopping_ = false;
   std::vector<std::jthread> workers_;

@@ -21,6 +21,8 @@ struct Shape {
         half(d % kChunk != 0) {}
 };
 
+// Load gives a row's values; LoadUnscaled leaves their common scale to Times (x · scale) and Minus
+// (x · scale − y), which need it less often.
 struct Bf16Rows {
   static constexpr bool kInterleaved = true;
   static constexpr uint32_t kChunkBytes = 2 * kChunk;
@@ -29,6 +31,11 @@ struct Bf16Rows {
   };
   static Part K(const std::byte* row, uint32_t) { return {row}; }
   static Part V(const std::byte* row, uint32_t d) { return {row + 2 * d}; }
+  static F Times(Part, F x) { return x; }
+  static F Minus(Part, F x, F y) { return Simd::Sub(x, y); }
+  static void LoadUnscaled(Part part, uint32_t chunk, bool half, F* a, F* b) {
+    Load(part, chunk, half, a, b);
+  }
   static void Load(Part part, uint32_t chunk, bool half, F* a, F* b) {
     const std::byte* p = part.p + 2 * kChunk * chunk;
     if (half) {
@@ -53,10 +60,17 @@ struct Int8Rows {
   }
   static Part K(const std::byte* row, uint32_t) { return Get(row, 0, 8); }
   static Part V(const std::byte* row, uint32_t d) { return Get(row, 4, 8 + d); }
-  static void Load(const Part& part, uint32_t chunk, bool half, F* a, F* b) {
+  static F Times(const Part& part, F x) { return Simd::Mul(x, part.scale); }
+  static F Minus(const Part& part, F x, F y) { return Simd::Fms(x, part.scale, y); }
+  static void LoadUnscaled(const Part& part, uint32_t chunk, bool half, F* a, F* b) {
     const std::byte* p = part.p + kChunk * chunk;
-    *a = Simd::Mul(Simd::LoadInt8(p), part.scale);
-    *b = half ? Simd::Zero() : Simd::Mul(Simd::LoadInt8(p + Simd::kLanes), part.scale);
+    *a = Simd::LoadInt8(p);
+    *b = half ? Simd::Zero() : Simd::LoadInt8(p + Simd::kLanes);
+  }
+  static void Load(const Part& part, uint32_t chunk, bool half, F* a, F* b) {
+    LoadUnscaled(part, chunk, half, a, b);
+    *a = Simd::Mul(*a, part.scale);
+    *b = Simd::Mul(*b, part.scale);
   }
 };
 
@@ -81,8 +95,11 @@ inline float* Aligned(float* p) {
   return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(p) + 63) & ~uintptr_t{63});
 }
 
+// Into the L2 cache: prefetches into L1 occupy the line buffers that loads need, and rows arrive a
+// third later with them, whatever the distance (docs/performance.md).
+inline void PrefetchToL2(const std::byte* p) { __builtin_prefetch(p, 0, 2); }
 inline void PrefetchBytes(const std::byte* p, size_t bytes) {
-  for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch(p + at, 0, 3);
+  for (size_t at = 0; at < bytes; at += 64) PrefetchToL2(p + at);
 }
 
 template <class S, class Body>
@@ -142,50 +159,56 @@ inline void DotNormTile(const std::byte* const* rows, const std::byte* const* ne
     F dot0 = Simd::Zero(), dot1 = dot0, square0 = dot0, square1 = dot0;
     const auto chunk = [&](uint32_t c, bool half) __attribute__((always_inline)) {
       F a, b;
-      Rows::Load(part, c, half, &a, &b);
+      Rows::LoadUnscaled(part, c, half, &a, &b);
       dot0 = Simd::Fma(a, Simd::Load(q + c * kChunk), dot0);
       dot1 = Simd::Fma(b, Simd::Load(q + c * kChunk + Simd::kLanes), dot1);
-      a = Simd::Sub(a, Simd::Load(mean + c * kChunk));
-      b = Simd::Sub(b, Simd::Load(mean + c * kChunk + Simd::kLanes));
+      a = Rows::Minus(part, a, Simd::Load(mean + c * kChunk));
+      b = Rows::Minus(part, b, Simd::Load(mean + c * kChunk + Simd::kLanes));
       square0 = Simd::Fma(a, a, square0);
       square1 = Simd::Fma(b, b, square1);
     };
     EachChunk(s, chunk);
-    acc[r] = Simd::Add(dot0, dot1);
+    acc[r] = Rows::Times(part, Simd::Add(dot0, dot1));
     squares[r] = Simd::Add(square0, square1);
   }
   StoreSums(acc, dots);
   StoreSums(squares, norms);
 }
 
-// num_h += Σ_r weights[h·stride + r] · v_r, r < count; num: [kHeads, padded], arranged.
-template <class Rows, int kHeads, class S>
-inline void AddValues(const std::byte* const* rows, int count, const S& s, const float* weights,
-                      int stride, float* num) {
-  const auto chunk = [&](uint32_t c, bool half) __attribute__((always_inline)) {
-    F a[kHeads], b[kHeads];
-#pragma GCC unroll 16
-    for (int h = 0; h < kHeads; ++h) {
-      a[h] = Simd::Load(num + h * s.padded + c * kChunk);
-      b[h] = Simd::Load(num + h * s.padded + c * kChunk + Simd::kLanes);
-    }
-    for (int r = 0; r < count; ++r) {
+// Chunks [c, c + kCount) of num += Σ_r weights[r] · v_r, r < count; num: [padded], arranged.
+// Prefetches the same part of next[r]'s values on the way.
+template <class Rows, uint32_t kCount, class S>
+inline __attribute__((always_inline)) void AddValues(const std::byte* const* rows,
+                                                     const std::byte* const* next, int count,
+                                                     uint32_t c, bool half, const S& s,
+                                                     const float* weights, float* num) {
+  F a[kCount], b[kCount];
+  float* at = num + c * kChunk;
+#pragma GCC unroll 4
+  for (uint32_t i = 0; i < kCount; ++i) {
+    a[i] = Simd::Load(at + i * kChunk);
+    b[i] = Simd::Load(at + i * kChunk + Simd::kLanes);
+  }
+  for (int r = 0; r < count; ++r) {
+    const std::byte* ahead = Rows::V(next[r], s.d).p + c * Rows::kChunkBytes;
+    PrefetchBytes(ahead, kCount * Rows::kChunkBytes);
+    // Rows that begin anywhere in a cache line reach into one more.
+    if (!Rows::kInterleaved) PrefetchToL2(ahead + kCount * Rows::kChunkBytes - 1);
+    const typename Rows::Part part = Rows::V(rows[r], s.d);
+    const F w = Rows::Times(part, Simd::Set1(weights[r]));
+#pragma GCC unroll 4
+    for (uint32_t i = 0; i < kCount; ++i) {
       F x, y;
-      Rows::Load(Rows::V(rows[r], s.d), c, half, &x, &y);
-#pragma GCC unroll 16
-      for (int h = 0; h < kHeads; ++h) {
-        const F w = Simd::Set1(weights[h * stride + r]);
-        a[h] = Simd::Fma(w, x, a[h]);
-        b[h] = Simd::Fma(w, y, b[h]);
-      }
+      Rows::LoadUnscaled(part, c + i, half, &x, &y);
+      a[i] = Simd::Fma(w, x, a[i]);
+      b[i] = Simd::Fma(w, y, b[i]);
     }
-#pragma GCC unroll 16
-    for (int h = 0; h < kHeads; ++h) {
-      Simd::Store(num + h * s.padded + c * kChunk, a[h]);
-      Simd::Store(num + h * s.padded + c * kChunk + Simd::kLanes, b[h]);
-    }
-  };
-  EachChunk(s, chunk);
+  }
+#pragma GCC unroll 4
+  for (uint32_t i = 0; i < kCount; ++i) {
+    Simd::Store(at + i * kChunk, a[i]);
+    Simd::Store(at + i * kChunk + Simd::kLanes, b[i]);
+  }
 }
 
 // Raises a running maximum to `top`, rescaling den and num (arranged).
@@ -243,7 +266,6 @@ void AttendListOf(const RowsView& rows, const uint32_t* ids, size_t count, const
     const int valid = static_cast<int>(count - at < kTile ? count - at : kTile);
     fill(at + kTile, tile + kTile);
     DotNormTile<Rows>(tile, tile + kTile, k_bytes, s, qa, mean, dots, norms);
-    for (int r = 0; r < kTile; ++r) PrefetchBytes(tile[kTile + r] + k_bytes, rows.stride - k_bytes);
     F top = Simd::Set1(kEmptyMax);
     for (int r = 0; r < kTile; r += Simd::kLanes) top = Simd::Max(top, Simd::Load(dots + r));
     // Padding repeats the last row, so it leaves the maximum alone.
@@ -267,7 +289,18 @@ void AttendListOf(const RowsView& rows, const uint32_t* ids, size_t count, const
       sum = Simd::Add(sum, Simd::Load(weights + r));
     }
     *partial.den += Simd::ReduceAdd(sum);
-    AddValues<Rows, 1>(tile, valid, s, weights, kTile, num);
+    // As many chunks at a time as registers hold.
+    constexpr uint32_t kCount = Simd::kLanes == 16 ? 4 : 2;
+    const uint32_t whole = s.half ? s.chunks - 1 : s.chunks;
+    uint32_t c = 0;
+#pragma GCC unroll 4
+    for (; c + kCount <= whole; c += kCount) {
+      AddValues<Rows, kCount>(tile, tile + kTile, valid, c, false, s, weights, num);
+    }
+    for (; c < whole; ++c) {
+      AddValues<Rows, 1>(tile, tile + kTile, valid, c, false, s, weights, num);
+    }
+    if (s.half) AddValues<Rows, 1>(tile, tile + kTile, valid, c, true, s, weights, num);
     for (int r = 0; r < kTile; ++r) tile[r] = tile[kTile + r];
   }
   Restore<Rows>(num, s, partial.num);

@@ -6,12 +6,9 @@ namespace passel::host {
 namespace {
 
 inline constexpr uint32_t kDenseTile = 64;  // rows scored before their values are summed
-// Rows are prefetched this far ahead, into the L2 cache: the hardware's prefetchers do not keep up
-// with a reader that computes, and prefetches into the L1 cache occupy the line buffers that loads
-// need. Measured on both machines of docs/performance.md.
+// Rows are prefetched this far ahead: the hardware's prefetchers do not keep up with a reader that
+// computes.
 inline constexpr size_t kDenseAhead = size_t{64} << 10;
-
-inline void PrefetchToL2(const std::byte* p) { __builtin_prefetch(p, 0, 2); }
 
 // scores[h · kDenseTile + r] = q_h·k_r for as many rows as give one vector of sums.
 // row: K of the first; q: [kHeads, padded], arranged.

@@ -4,7 +4,7 @@
 namespace passel::host {
 namespace {
 
-inline void Prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+inline void Prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // Counts staged ids. Ids of one bucket are distinct, buckets are not, so increments stay scalar;
 // unrolled, they run at the store port's rate.
@@ -34,7 +34,7 @@ size_t ProbeCsr(const CsrView& table, const uint16_t* codes, uint32_t limit, uin
                 const ProbeScratch& scratch, uint32_t* out) {
   // Bounds are prefetched kBoundsAhead tables before their buckets are, and those kIdsAhead before
   // they are read: each is a cache miss.
-  constexpr uint32_t kBoundsAhead = 24, kIdsAhead = 12;
+  constexpr uint32_t kBoundsAhead = 48, kIdsAhead = 24;
   constexpr size_t kFlush = 2048;
   const size_t buckets = size_t{1} << table.k;
   const uint32_t l = table.l;

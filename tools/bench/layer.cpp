@@ -1,12 +1,14 @@
 #include "tools/bench/layer.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstring>
 #include <functional>
 #include <future>
 #include <thread>
+#include <utility>
 
 #include "host_attention/hash.h"
 #include "runtime/base/error.h"
@@ -28,10 +30,6 @@ void ParallelFor(uint64_t count, const std::function<void(uint64_t)>& body) {
   }
 }
 
-std::byte* Aligned(std::byte* p) {
-  return reinterpret_cast<std::byte*>((reinterpret_cast<uintptr_t>(p) + 63) & ~uintptr_t{63});
-}
-
 // x ← a vector of x's length at this cosine to q.
 void Turn(std::vector<double>& x, const float* q, double cosine) {
   double xx = 0, qq = 0, xq = 0;
@@ -49,6 +47,27 @@ void Turn(std::vector<double>& x, const float* q, double cosine) {
 }
 
 }  // namespace
+
+Buffer::Buffer(size_t bytes) : bytes_(bytes) {
+  if (bytes == 0) return;
+  void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  Check(p != MAP_FAILED, "there is memory for the benchmark's data");
+  madvise(p, bytes, MADV_HUGEPAGE);
+  data_ = static_cast<std::byte*>(p);
+}
+
+Buffer::~Buffer() {
+  if (data_ != nullptr) munmap(data_, bytes_);
+}
+
+Buffer::Buffer(Buffer&& other) noexcept
+    : data_(std::exchange(other.data_, nullptr)), bytes_(other.bytes_) {}
+
+Buffer& Buffer::operator=(Buffer&& other) noexcept {
+  std::swap(data_, other.data_);
+  std::swap(bytes_, other.bytes_);
+  return *this;
+}
 
 Layer::Layer(const Shape& shape)
     : shape_(shape),
@@ -79,9 +98,9 @@ Layer::Layer(const Shape& shape)
 
 void Layer::Generate(uint32_t stream) {
   Random random(1000 + stream);
-  rows_[stream].resize(shape_.n * kRowBytes + 63);
+  rows_[stream] = Buffer(shape_.n * kRowBytes);
   codes_[stream].resize(shape_.n * shape_.l);
-  auto* out = reinterpret_cast<bf16*>(Aligned(rows_[stream].data()));
+  auto* out = reinterpret_cast<bf16*>(rows_[stream].data());
   std::vector<double> x(kHeadDim), sum(kHeadDim);
   // Values come from a pool: only that they differ from row to row matters.
   std::vector<bf16> pool(1 << 16);
@@ -101,10 +120,6 @@ void Layer::Generate(uint32_t stream) {
   for (const double s : sum) {
     means_[stream].push_back(static_cast<float>(s / static_cast<double>(shape_.n)));
   }
-}
-
-const bf16* Layer::rows(uint32_t stream) const {
-  return reinterpret_cast<const bf16*>(Aligned(const_cast<std::byte*>(rows_[stream].data())));
 }
 
 const float* Layer::q(uint32_t stream) const { return &q_[size_t{stream} * kGroup * kHeadDim]; }

@@ -22,6 +22,20 @@ struct Shape {
   bool operator==(const Shape&) const = default;
 };
 
+// Zeroed memory in huge pages where allowed, as host attention's own is.
+class Buffer {
+ public:
+  explicit Buffer(size_t bytes = 0);
+  ~Buffer();
+  Buffer(Buffer&& other) noexcept;
+  Buffer& operator=(Buffer&& other) noexcept;
+  std::byte* data() const { return data_; }
+
+ private:
+  std::byte* data_ = nullptr;
+  size_t bytes_ = 0;
+};
+
 // The keys, values, queries and codes of a shape. A stream is one KV head of one request.
 class Layer {
  public:
@@ -29,8 +43,10 @@ class Layer {
 
   const Shape& shape() const { return shape_; }
   uint32_t streams() const { return shape_.batch * kKvHeads; }
-  // [n, 2, kHeadDim]; aligned to 64 bytes.
-  const bf16* rows(uint32_t stream) const;
+  // [n, 2, kHeadDim]; aligned to a page.
+  const bf16* rows(uint32_t stream) const {
+    return reinterpret_cast<const bf16*>(rows_[stream].data());
+  }
   const uint16_t* codes(uint32_t stream) const { return codes_[stream].data(); }  // [n, l]
   const float* q(uint32_t stream) const;               // [kGroup, kHeadDim], exact in bf16
   const uint16_t* query_codes(uint32_t stream) const;  // [kGroup, l]
@@ -40,7 +56,7 @@ class Layer {
   void Generate(uint32_t stream);
 
   const Shape shape_;
-  std::vector<std::vector<std::byte>> rows_;
+  std::vector<Buffer> rows_;
   std::vector<std::vector<uint16_t>> codes_;
   std::vector<float> q_;
   std::vector<uint16_t> query_codes_;

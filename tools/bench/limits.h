@@ -75,7 +75,7 @@ class Limits {
     std::vector<uint32_t> tokens;
   };
   const Layer& layer_;
-  std::vector<std::vector<uint16_t>> ids_;  // by stream and block: [l][stride]
+  std::vector<Buffer> ids_;  // by stream and block: [l][stride]
   std::vector<Task> tasks_;
   std::atomic<uint64_t> sink_{0};  // keeps what was read alive
 };
