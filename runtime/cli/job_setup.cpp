@@ -119,8 +119,6 @@ void SetUp(cluster::Launch& launch, const JobOptions& options, const WorkMaker& 
     if (rank->leads()) {
       rank->tokenizer = Tokenizer::Make(rank->file->tokenizer());
       rank->work = make_work(job, *rank->tokenizer);
-      rank->report =
-          std::make_unique<engine::Report>(options.run_directory, job.ranks, rank->work.progress);
     }
     if (rank->channel) {
       std::map<RankId, std::vector<std::byte>> addresses;
@@ -138,6 +136,11 @@ void SetUp(cluster::Launch& launch, const JobOptions& options, const WorkMaker& 
                                                                *rank->collectives, nullptr);
     } else {
       rank->host = std::make_unique<engine::HostRank>(job, *rank->channel, memory);
+    }
+    // Last: a job that cannot start leaves no run directory.
+    if (rank->leads()) {
+      rank->report =
+          std::make_unique<engine::Report>(options.run_directory, job.ranks, rank->work.progress);
     }
   });
   rank->started = true;
@@ -233,6 +236,7 @@ int RunJob(int* argc, char*** argv, const JobOptions& options, const WorkMaker& 
   const bool alone = rank.started && (code == static_cast<int>(ErrorClass::kCluster) ||
                                       rank.job.config.cluster().model_ranks() > 1 || !rank.leads());
   if (alone) {
+    rank.work = {};  // its files are as they should be
     launch.Abandon();
     _exit(code);
   }
