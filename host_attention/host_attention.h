@@ -54,7 +54,7 @@ uint64_t SegmentBytes(const Options& options, const SegmentSpec& spec);
 struct OpenSpec {
   RequestId request;
   uint32_t layers = 0;  // offloaded layers are numbered by the model; any layer below this may come
-  // The (KV head, segment number) pairs that this host holds, for each layer in `layer_mask`.
+  // The (KV head, segment number) pairs that this host holds, for each layer in `layer_list`.
   std::vector<uint32_t> layer_list;
   struct Part {
     uint32_t kv_head;
@@ -129,7 +129,7 @@ struct MemoryUsage {
   uint64_t budget_bytes = 0;
   uint64_t reserved_bytes = 0;
   uint64_t kv_bytes = 0;     // in use by K and V rows
-  uint64_t table_bytes = 0;  // in use by tables, codes and norms
+  uint64_t table_bytes = 0;  // in use by tables, and by codes of tokens not yet in one
 };
 
 // The KV cache, LSH tables and attention of one host rank. Open, SetMean, Append, Release and

@@ -42,7 +42,7 @@ void AddAttendOptions(CLI::App* app, AttendOptions* options) {
       ->required();
   app->add_option("--set", options->overrides, "Override a config field: a.b=c")->take_all();
   app->add_option("--threads", a.threads, "Attention threads; 0: the affinity mask's");
-  app->add_option("--repeat", a.repeat, "Repetitions")->check(CLI::PositiveNumber);
+  app->add_option("--repeat", a.repeat, "Repetitions")->check(CLI::Range(1, 1 << 30));
   app->add_flag("--cold", a.cold, "Flush the caches before each repetition");
   app->add_option("--out", a.out, "Output, .npy [heads, d]");
   app->add_option("--lse", a.lse, "Log-sum-exp, .npy [heads]");
@@ -107,6 +107,10 @@ int Main(int argc, char** argv) {
   CLI::App* doctor = app.add_subcommand("doctor", "What Passel finds on this machine");
 
   try {
+    const auto named = [&](CLI::App* a) { return a->get_name() == argv[1]; };
+    if (argc > 1 && argv[1][0] != '-' && app.get_subcommands(named).empty()) {
+      throw CLI::ExtrasError(app.get_name(), {argv[1]});
+    }
     app.parse(argc, argv);
   } catch (const CLI::ParseError& e) {
     if (e.get_exit_code() == 0) return app.exit(e);  // --help, --version

@@ -1,4 +1,5 @@
 #include <fcntl.h>
+#include <fmt/format.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -7,6 +8,7 @@
 #include <cstring>
 #include <filesystem>
 #include <nlohmann/json.hpp>
+#include <random>
 
 #include "runtime/base/error.h"
 #include "runtime/engine/request_io.h"
@@ -59,7 +61,11 @@ std::string DuplicateError(uint64_t line, const std::string& custom_id) {
 
 JsonlSource::JsonlSource(const std::string& path, const Tokenizer& tokenizer,
                          RequestDefaults defaults, std::unordered_set<std::string> done)
-    : path_(path), tokenizer_(tokenizer), defaults_(defaults), done_(std::move(done)) {
+    : path_(path),
+      tokenizer_(tokenizer),
+      defaults_(defaults),
+      done_(std::move(done)),
+      run_(fmt::format("{:08x}", std::random_device{}())) {
   std::error_code ignored;
   file_.open(path, std::ios::binary);
   if (!file_ || std::filesystem::is_directory(path, ignored)) {
@@ -78,6 +84,7 @@ std::optional<Request> JsonlSource::Next() {
     if (Blank(text)) continue;
     --lines_total_;
     Request r = ParseRequest(text, line_, tokenizer_, defaults_);
+    r.request_id = run_ + "-" + std::to_string(line_);
     if (!seen_.insert(r.custom_id).second) {
       r.error = DuplicateError(line_, r.custom_id);
       if (done_.contains(*r.error)) continue;

@@ -69,7 +69,12 @@ void Leader::Run() {
                   std::chrono::duration<double>(Clock::now() - start).count());
     }
     std::erase_if(active_, [](const auto& a) { return a.second.state == State::kDone; });
-    report_.Progress(active_.size() + queue_.size(), source_.remaining());
+    double partly = 0;
+    for (const auto& [id, a] : active_) {
+      partly +=
+          static_cast<double>(a.result.tokens.size()) / static_cast<double>(a.request.max_tokens);
+    }
+    report_.Progress(active_.size() + queue_.size(), partly, source_.remaining());
   }
   cluster::proto::StepPlan stop;
   stop.set_stop(true);
@@ -266,16 +271,16 @@ void Leader::OnLogits(RequestId id, const ModelRank::NextLogits& next) {
   if (sampling.top_logprobs >= 0) {
     a.result.logprobs.push_back(ComputeLogprobs(logits, token, sampling.top_logprobs));
   }
-  if (ends) return Finish(a, FinishReason::kStop);
+  if (ends) {
+    a.result.text += a.detokenizer->Flush();
+    return Finish(a, FinishReason::kStop);
+  }
   const size_t before = a.result.text.size();
   a.result.text += a.detokenizer->Push(token);
-  for (const std::string& stop : a.request.stop) {
-    // A match ends in what was just added.
-    const size_t at = a.result.text.find(stop, before < stop.size() ? 0 : before - stop.size() + 1);
-    if (at != std::string::npos) {
-      a.result.text.resize(at);
-      return Finish(a, FinishReason::kStop);
-    }
+  const size_t stop = FindStop(a.result.text, before, a.request.stop);
+  if (stop != std::string::npos) {
+    a.result.text.resize(stop);
+    return Finish(a, FinishReason::kStop);
   }
   if (static_cast<int64_t>(a.result.tokens.size()) >= a.request.max_tokens) {
     a.result.text += a.detokenizer->Flush();

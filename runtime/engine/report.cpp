@@ -82,17 +82,17 @@ double Report::tokens_per_second() const {
   return seconds > 0 ? static_cast<double>(generated_) / seconds : 0;
 }
 
-void Report::Progress(uint64_t running, std::optional<uint64_t> remaining) {
+void Report::Progress(uint64_t running, double partly, std::optional<uint64_t> remaining) {
   if (!progress_) return;
   const auto now = Clock::now();
   if (now - printed_ < std::chrono::milliseconds(terminal_ ? 500 : 5000)) return;
   printed_ = now;
   std::string eta = "?";
   const uint64_t done = ok_ + failed_;
-  if (remaining && done > 0) {
-    const double left =
-        static_cast<double>(*remaining + running) * Seconds() / static_cast<double>(done);
-    eta = fmt::format("{:.0f} s", left);
+  const double requests = static_cast<double>(done) + partly;
+  if (remaining && requests > 0) {
+    const double left = static_cast<double>(*remaining + running) - partly;
+    eta = fmt::format("{:.0f} s", left * Seconds() / requests);
   }
   fmt::print(stderr, "{}{} done, {} running, {} tokens, {:.1f} tokens/s, ETA {}{}",
              terminal_ ? "\r\033[K" : "", done, running, generated_, tokens_per_second(), eta,

@@ -35,7 +35,9 @@ class Report {
   void RequestDone(bool ok) { ++(ok ? ok_ : failed_); }
   void Host(const HostStats& stats) { hosts_.push_back(stats); }
   // Prints a line every five seconds (twice a second on a terminal).
-  void Progress(uint64_t running, std::optional<uint64_t> remaining);
+  // `running` requests have begun or are next, and are done but for `running` − `partly` of them;
+  // `remaining` have not been read.
+  void Progress(uint64_t running, double partly, std::optional<uint64_t> remaining);
   // Writes summary.json and prints the totals.
   void Finish(int exit_code);
 

@@ -20,6 +20,7 @@ struct SamplingParams {
 // One line of the input, checked. `error` set: the request is answered with it and never runs.
 struct Request {
   RequestId id;
+  std::string request_id;  // as the output names it: of this run alone
   std::string custom_id;
   bool chat = false;
   std::vector<int32_t> prompt;

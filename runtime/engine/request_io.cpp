@@ -156,7 +156,7 @@ void FillBody(const json& body, const Tokenizer& tokenizer, const RequestDefault
 }
 
 json Envelope(const Request& request, const json& response, const json& error) {
-  return {{"id", "passel-" + std::to_string(request.id.value)},
+  return {{"id", "passel-" + request.request_id},
           {"custom_id", request.custom_id},
           {"response", response},
           {"error", error}};
@@ -234,7 +234,7 @@ std::string FormatResult(const Request& request, const Result& result, const Tok
                        {"sampled_fraction", result.sampled_fraction}}}};
   return Envelope(request,
                   {{"status_code", 200},
-                   {"request_id", "request-" + std::to_string(request.id.value)},
+                   {"request_id", "request-" + request.request_id},
                    {"body", body}},
                   nullptr)
       .dump(-1, ' ', false, json::error_handler_t::replace);
@@ -243,7 +243,7 @@ std::string FormatResult(const Request& request, const Result& result, const Tok
 std::string FormatError(const Request& request, int status, const std::string& message) {
   return Envelope(request,
                   {{"status_code", status},
-                   {"request_id", "request-" + std::to_string(request.id.value)},
+                   {"request_id", "request-" + request.request_id},
                    {"body", nullptr}},
                   {{"code", status}, {"message", message}})
       .dump(-1, ' ', false, json::error_handler_t::replace);

@@ -42,6 +42,7 @@ class JsonlSource : public RequestSource {
   const Tokenizer& tokenizer_;
   RequestDefaults defaults_;
   std::unordered_set<std::string> done_;
+  std::string run_;  // names this run among those of one output
   std::unordered_set<std::string> seen_;
   bool exhausted_ = false;
   uint64_t line_ = 0;

@@ -77,4 +77,13 @@ PositionLogprobs ComputeLogprobs(std::span<const float> logits, int32_t chosen, 
   return out;
 }
 
+size_t FindStop(const std::string& text, size_t added, std::span<const std::string> stops) {
+  size_t first = std::string::npos;
+  for (const std::string& stop : stops) {
+    const size_t from = added < stop.size() ? 0 : added - stop.size() + 1;
+    first = std::min(first, text.find(stop, from));
+  }
+  return first;
+}
+
 }  // namespace passel::engine

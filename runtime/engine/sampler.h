@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <span>
+#include <string>
 
 #include "runtime/base/random.h"
 #include "runtime/engine/request.h"
@@ -15,5 +16,9 @@ int32_t SampleToken(std::span<const float> logits, const SamplingParams& params,
 
 // Log-softmax of the chosen token and of the params.top_logprobs best.
 PositionLogprobs ComputeLogprobs(std::span<const float> logits, int32_t chosen, int32_t top);
+
+// Where the first of the stop strings begins in `text`, whose bytes from `added` on are new: a
+// match ends in them. npos: in none.
+size_t FindStop(const std::string& text, size_t added, std::span<const std::string> stops);
 
 }  // namespace passel::engine

@@ -141,7 +141,7 @@ TEST_F(BadInput, CommandLinesThatAreWrong) {
   ExpectError(Run(0, {"-i", input_, "-o", File("out.jsonl"), "--frob"}), 2, {"--frob"});
   ExpectError(Run(3, {"-i", input_}), 2, {"--output"});
   ExpectError(RunThree({"--role", "boss"}), 2, {"--role", "model"});
-  ExpectError(RunProcess(PasselCommand({{0, {"frob"}}}), seconds(60)), 2, {"subcommand"});
+  ExpectError(RunProcess(PasselCommand({{0, {"frob"}}}), seconds(60)), 2, {"frob"});
   ExpectError(RunProcess(PasselCommand({{0, {}}}), seconds(60)), 2, {"subcommand"});
   ExpectError(RunThree({}), 2, {"model.path", "expected a model"});
   ExpectNothingWritten();
@@ -246,10 +246,9 @@ TEST_F(BadInput, FilesThatCannotBeOpened) {
   ExpectError(run(input_, "/dev/null"), 4, {"output /dev/null", "expected a regular file"});
   ExpectError(run(File("none.jsonl"), File("out.jsonl")), 4, {"input", "none.jsonl", "No such"});
   ExpectError(run(directory_.path().string(), File("out.jsonl")), 4, {"input", "directory"});
-  ExpectNothingWritten();
   ExpectError(run(input_, File("out.jsonl"), {"--run-dir", input_ + "/rd"}), 4,
               {"run directory", "input.jsonl/rd"});
-  EXPECT_EQ(ReadFile(input_), kInput);
+  ExpectNothingWritten();
 }
 
 TEST_F(BadInput, ExistingResultsWithoutResume) {
@@ -334,6 +333,29 @@ TEST_F(BadInput, ARequestThatDoesNotFitTheHosts) {
       << large.dump();
   EXPECT_EQ(result.Usage("short")["completion_tokens"], 3);
   EXPECT_EQ(result.Usage("after")["completion_tokens"], 3);
+}
+
+TEST_F(BadInput, MemoryThatDoesNotSuffice) {
+  SKIP_WITHOUT_MODEL();
+  // Too little for the weights, and too little for anything behind them.
+  for (const std::string bytes : {"1000000", "275000000"}) {
+    ExpectError(RunModel(1, {"-i", input_, "-o", File("out.jsonl"), "--set",
+                             "gpu.memory_limit_bytes=" + bytes}),
+                6, {"bytes"});
+    ExpectNothingWritten();
+  }
+}
+
+TEST_F(BadInput, ARequestThatDoesNotFitTheModelRank) {
+  SKIP_WITHOUT_MODEL();
+  Job job;
+  job.settings = {"gpu.memory_limit_bytes=400000000", "engine.max_batch=4",
+                  "engine.prefill_chunk=64"};
+  job.requests = {{{"custom_id", "short"}, {"prompt", "Hi"}, {"max_tokens", 3}},
+                  {{"custom_id", "long"}, {"prompt", "Hi"}, {"max_tokens", 8000}}};
+  const JobResult result = RunJobOk(directory_, job);
+  EXPECT_EQ(result.Usage("short")["completion_tokens"], 3);
+  EXPECT_EQ(result.by_id.at("long")["response"]["status_code"], 507);
 }
 
 TEST_F(BadInput, ResumeRepairsATornLineAndDoesTheRest) {

@@ -62,6 +62,7 @@ TEST_F(Batch, RequestsFinishIndependently) {
   EXPECT_GT(result.Usage("long")["prompt_tokens"], result.Usage("middle")["prompt_tokens"]);
   // Five tokens never leave the window: nothing of them is offloaded, so nothing sampled.
   EXPECT_EQ(result.Usage("short")["sampled_fraction"], 1.0);
+  EXPECT_GT(result.Usage("long")["sampled_fraction"], 0.0);
   EXPECT_LT(result.Usage("long")["sampled_fraction"], 0.5);
 
   const json stop = result.Choice("stopped");
@@ -101,6 +102,8 @@ TEST_F(Batch, MoreRequestsThanTheBatchHoldsAreAllAnswered) {
     EXPECT_EQ(result.Choice(Numbered("r", i))["token_ids"].size(),
               static_cast<size_t>(3 + 2 * (i % 3)));
   }
+  EXPECT_GT(result.summary["sampled_fraction"], 0.0);
+  EXPECT_LT(result.summary["sampled_fraction"], 0.5);
 }
 
 TEST_F(Batch, ResumeAnswersWhatIsMissingOnce) {
@@ -113,6 +116,8 @@ TEST_F(Batch, ResumeAnswersWhatIsMissingOnce) {
   job.name = "whole";
   const JobResult whole = RunJobOk(directory_, job);
   ASSERT_EQ(whole.by_id.size(), 3U);
+  EXPECT_GT(whole.summary["sampled_fraction"], 0.0);
+  EXPECT_LT(whole.summary["sampled_fraction"], 0.5);
 
   // What a job leaves that was killed while it wrote its second result.
   const std::string first = whole.by_id.at("r1").dump();

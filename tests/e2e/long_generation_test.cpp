@@ -1,4 +1,5 @@
 // After thousands of generated tokens nothing of them is lost to attention.
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include <iostream>
@@ -30,6 +31,7 @@ TEST(LongGeneration, FullOnHostsFollowsTheModelRankAlone) {
   job.hosts = 2;
   job.settings = AllThroughHosts("FULL");
   const JobResult hosts = RunJobOk(directory, job);
+  EXPECT_THAT(hosts.process.err, testing::ContainsRegex("tokens/s, ETA [0-9]+ s"));
   int longest = 0;
   for (const json& request : job.requests) {
     const std::string id = request["custom_id"];

@@ -112,6 +112,12 @@ TEST_F(Tokens, LshSamplesAFewTokensAndGenerates) {
   }
   EXPECT_GT(result.summary["sampled_fraction"], 0.0);
   EXPECT_LT(result.summary["sampled_fraction"], 0.5);
+  EXPECT_GT(result.summary["tokens_per_second"], 0.0);
+  ASSERT_EQ(result.summary["hosts"].size(), 2u);
+  for (const json& host : result.summary["hosts"]) {
+    EXPECT_GT(host["kv_bytes"], 0);
+    EXPECT_GT(host["table_bytes"], 0);
+  }
 }
 
 }  // namespace

@@ -159,5 +159,13 @@ TEST(Logprobs, SurviveLargeLogitsAndAskForMoreThanThereIs) {
   EXPECT_EQ(ComputeLogprobs(kLogits, 0, 0).size(), 1u);
 }
 
+TEST(FindStop, TheFirstInTheTextWinsAndMayHaveBegunBefore) {
+  const std::vector<std::string> stops = {"se", "Ho", "lo W"};
+  EXPECT_EQ(FindStop("a House", 1, stops), 2u);
+  EXPECT_EQ(FindStop("hello World", 5, stops), 3u);
+  EXPECT_EQ(FindStop("hello", 0, stops), std::string::npos);
+  EXPECT_EQ(FindStop("hello", 0, {}), std::string::npos);
+}
+
 }  // namespace
 }  // namespace passel::engine
