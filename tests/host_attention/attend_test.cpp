@@ -8,6 +8,7 @@
 #include <filesystem>
 #include <fstream>
 #include <functional>
+#include <limits>
 
 #include "runtime/base/error.h"
 #include "runtime/base/random.h"
@@ -87,6 +88,9 @@ TEST_F(AttendTest, NpyReaderRefusesWhatIsNotRight) {
   ExpectRefused(WriteRaw(header("<f4", "(1, 1)"), 4, 9), "format");
   ExpectRefused(WriteRaw(header("<f4", "(1, 1)"), 4, 1, 60000), "truncated");
   ExpectRefused(WriteRaw(header("<f4", "(1, 1)"), 4, 2, 0x7fffffff), "too long");
+  const std::vector<float> values = {0, 1, std::numeric_limits<float>::quiet_NaN(), 3};
+  cli::WriteNpy(Path("nan.npy"), {2, 2}, values);
+  ExpectRefused(Path("nan.npy"), "value 2 is not finite");
   std::ofstream(Path("short.npy")) << "\x93NUM";
   ExpectRefused(Path("short.npy"), "not a .npy file");
 }

@@ -3,6 +3,7 @@
 #include <bit>
 #include <cctype>
 #include <cerrno>
+#include <cmath>
 #include <cstring>
 #include <fstream>
 #include <optional>
@@ -192,6 +193,10 @@ NpyArray ReadNpy(const std::string& path, size_t dimensions) {
   array.data.resize(elements);
   in.read(reinterpret_cast<char*>(array.data.data()), static_cast<std::streamsize>(*bytes));
   if (!in) Refuse(path, "the data is truncated");
+  for (size_t i = 0; i < array.data.size(); ++i) {
+    if (std::isfinite(array.data[i])) continue;
+    Refuse(path, "value " + std::to_string(i) + " is not finite; expected finite numbers");
+  }
   return array;
 }
 
