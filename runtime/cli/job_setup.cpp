@@ -159,6 +159,12 @@ void SetUp(cluster::Launch& launch, const JobOptions& options, const WorkMaker& 
   }
 }
 
+int ExitCodeOf(const std::exception& e) {
+  if (const auto* error = dynamic_cast<const Error*>(&e)) return error->exit_code();
+  const bool memory = dynamic_cast<const std::bad_alloc*>(&e) != nullptr;
+  return static_cast<int>(memory ? ErrorClass::kMemory : ErrorClass::kBug);
+}
+
 void ShutDownHosts(engine::ModelRank& model, const engine::Job& job, transport::Channel* channel,
                    int exit_code) {
   if (!channel || job.self.value != 0) return;
@@ -182,11 +188,11 @@ int Lead(Rank* rank) {
     lead.CollectHostStats();
     rank->report->Finish(0);
     if (rank->work.finished) rank->work.finished(rank->job, *rank->report);
-  } catch (const Error& e) {
-    ShutDownHosts(model, rank->job, rank->channel.get(), e.exit_code());
+  } catch (const std::exception& e) {
+    ShutDownHosts(model, rank->job, rank->channel.get(), ExitCodeOf(e));
     if (rank->channel) rank->channel->Close(std::chrono::seconds(1));
     try {
-      rank->report->Finish(e.exit_code());
+      rank->report->Finish(ExitCodeOf(e));
     } catch (const Error&) {  // the first error is the one to tell
     }
     throw;
@@ -228,8 +234,10 @@ int RunJob(int* argc, char*** argv, const JobOptions& options, const WorkMaker& 
     code = e.exit_code();
     message = e.what();
   } catch (const std::exception& e) {
-    code = static_cast<int>(ErrorClass::kBug);
-    message = std::string("unexpected: ") + e.what();
+    code = ExitCodeOf(e);
+    message = std::string(code == static_cast<int>(ErrorClass::kMemory) ? "out of memory: "
+                                                                        : "unexpected: ") +
+              e.what();
   }
   if (!message.empty()) fmt::print(stderr, "passel: error: {}\n", message);
   std::fflush(nullptr);
