@@ -9,7 +9,7 @@ packages=(
   openmpi-bin libopenmpi-dev libucx-dev
   libtbb-dev libhwloc-dev libdnnl-dev
   libprotobuf-dev protobuf-compiler libspdlog-dev libfmt-dev libcli11-dev nlohmann-json3-dev
-  libpcre2-dev
+  libpcre2-dev libutf8proc-dev
   libgtest-dev libbenchmark-dev
   clang-format-14 # one version everywhere: others format differently
   python3 python3-pip python3-venv unzip

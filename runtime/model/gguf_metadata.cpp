@@ -165,7 +165,10 @@ TokenizerData GgufTokenizer(const GgufFile& file) {
   // Llama 3 asks for BOS in its post-processor, which GGUF files often leave unsaid.
   data.add_bos = file.BoolOr("tokenizer.ggml.add_bos_token",
                              sentence_piece || data.pre_tokenizer == "llama-bpe");
-  data.add_space_prefix = file.BoolOr("tokenizer.ggml.add_space_prefix", sentence_piece);
+  if (sentence_piece && file.BoolOr("tokenizer.ggml.add_space_prefix", true)) {
+    data.spaces.prefix = TokenizerData::SpaceRules::Prefix::kAfterSpecial;
+  }
+  data.nfc = data.pre_tokenizer == "qwen2";
   data.chat_template = file.StringOr("tokenizer.chat_template", "");
   return data;
 }

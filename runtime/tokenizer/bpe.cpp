@@ -1,9 +1,13 @@
 #include "runtime/tokenizer/bpe.h"
 
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <functional>
 #include <queue>
 #include <tuple>
+
+#include "runtime/base/error.h"
 
 namespace passel {
 namespace {
@@ -23,6 +27,32 @@ struct Candidate {
 };
 
 }  // namespace
+
+void MergeTable::AddAll(const std::vector<std::string>& merges, const TokenIds& ids) {
+  for (size_t rank = 0; rank < merges.size(); ++rank) {
+    const std::string_view merge = merges[rank];
+    const size_t space = merge.find(' ');
+    const auto id_of = [&](std::string_view token) {
+      const auto it = ids.find(token);
+      if (it == ids.end()) {
+        throw Error(ErrorClass::kModel,
+                    fmt::format("tokenizer: merge {} (\"{}\") needs \"{}\", which is no token; "
+                                "expected two tokens whose union is a token",
+                                rank, merge, token));
+      }
+      return it->second;
+    };
+    if (space == std::string_view::npos) {
+      throw Error(ErrorClass::kModel,
+                  fmt::format("tokenizer: merge {} is \"{}\"; expected two tokens with a space "
+                              "between them",
+                              rank, merge));
+    }
+    const std::string_view left = merge.substr(0, space), right = merge.substr(space + 1);
+    Add(id_of(left), id_of(right),
+        {static_cast<int32_t>(rank), id_of(fmt::format("{}{}", left, right))});
+  }
+}
 
 void MergeTable::Apply(std::vector<int32_t>& symbols) const {
   if (symbols.size() < 2) return;

@@ -2,10 +2,15 @@
 
 #include <cstdint>
 #include <optional>
+#include <string>
+#include <string_view>
 #include <unordered_map>
 #include <vector>
 
 namespace passel {
+
+// Token text → id.
+using TokenIds = std::unordered_map<std::string_view, int32_t>;
 
 // Byte-pair merges over token ids.
 class MergeTable {
@@ -17,6 +22,9 @@ class MergeTable {
 
   // A pair given twice keeps the last.
   void Add(int32_t left, int32_t right, Merge merge) { merges_[Key(left, right)] = merge; }
+  // Adds merges "left right", in rank order. Throws Error{kModel} where a side or the union is no
+  // token.
+  void AddAll(const std::vector<std::string>& merges, const TokenIds& ids);
   std::optional<Merge> Find(int32_t left, int32_t right) const {
     const auto it = merges_.find(Key(left, right));
     if (it == merges_.end()) return std::nullopt;

@@ -1,14 +1,11 @@
 #include "runtime/tokenizer/byte_level_tokenizer.h"
 
-#include <fmt/format.h>
-
 #include <array>
-#include <unordered_map>
 
-#include "runtime/base/error.h"
 #include "runtime/tokenizer/bpe.h"
 #include "runtime/tokenizer/byte_alphabet.h"
 #include "runtime/tokenizer/chat_template.h"
+#include "runtime/tokenizer/nfc.h"
 #include "runtime/tokenizer/pre_tokenizer.h"
 #include "runtime/tokenizer/special_tokens.h"
 #include "runtime/tokenizer/utf8.h"
@@ -23,14 +20,14 @@ class ByteLevelTokenizer final : public Tokenizer {
         words_(data_.pattern.empty()
                    ? PreTokenizer::Make(data_.pre_tokenizer)
                    : PreTokenizer::FromPattern(data_.pattern, data_.split_digits)),
-        special_(data_),
+        special_(SpecialTokens::Of(data_)),
         chat_(data_) {
-    const std::unordered_map<std::string_view, int32_t> ids = IndexTokens();
+    const TokenIds ids = IndexTokens();
     for (int b = 0; b < 256; ++b) {
       const auto it = ids.find(alphabet_.Character(static_cast<uint8_t>(b)));
       byte_ids_[static_cast<size_t>(b)] = it == ids.end() ? -1 : it->second;
     }
-    ReadMerges(ids);
+    merges_.AddAll(data_.merges, ids);
     DecodeTokens();
     data_.merges.clear();
   }
@@ -64,39 +61,13 @@ class ByteLevelTokenizer final : public Tokenizer {
 
  private:
   // Token text → id; of equal texts the first.
-  std::unordered_map<std::string_view, int32_t> IndexTokens() const {
-    std::unordered_map<std::string_view, int32_t> ids;
+  TokenIds IndexTokens() const {
+    TokenIds ids;
     ids.reserve(data_.tokens.size());
     for (size_t i = 0; i < data_.tokens.size(); ++i) {
       ids.emplace(data_.tokens[i], static_cast<int32_t>(i));
     }
     return ids;
-  }
-
-  void ReadMerges(const std::unordered_map<std::string_view, int32_t>& ids) {
-    for (size_t rank = 0; rank < data_.merges.size(); ++rank) {
-      const std::string_view merge = data_.merges[rank];
-      const size_t space = merge.find(' ');
-      const auto id_of = [&](std::string_view token) {
-        const auto it = ids.find(token);
-        if (it == ids.end()) {
-          throw Error(ErrorClass::kModel,
-                      fmt::format("tokenizer: merge {} (\"{}\") needs \"{}\", which is no token; "
-                                  "expected two tokens whose union is a token",
-                                  rank, merge, token));
-        }
-        return it->second;
-      };
-      if (space == std::string_view::npos) {
-        throw Error(ErrorClass::kModel,
-                    fmt::format("tokenizer: merge {} is \"{}\"; expected two tokens with a space "
-                                "between them",
-                                rank, merge));
-      }
-      const std::string_view left = merge.substr(0, space), right = merge.substr(space + 1);
-      merges_.Add(id_of(left), id_of(right),
-                  {static_cast<int32_t>(rank), id_of(fmt::format("{}{}", left, right))});
-    }
   }
 
   void DecodeTokens() {
@@ -130,7 +101,8 @@ class ByteLevelTokenizer final : public Tokenizer {
         (step.kind == Utf8Step::Kind::kValid ? run : bad) += step.size;
       }
       words.clear();
-      words_->Split(text.substr(0, run), words);
+      const std::string normalized = data_.nfc ? ToNfc(text.substr(0, run)) : "";
+      words_->Split(data_.nfc ? normalized : text.substr(0, run), words);
       for (const std::string_view word : words) EncodeWord(word, symbols, ids);
       for (size_t i = 0; i < bad; ++i) EncodeWord(text.substr(run + i, 1), symbols, ids);
       text.remove_prefix(run + bad);
@@ -163,7 +135,7 @@ class ByteLevelTokenizer final : public Tokenizer {
   std::array<int32_t, 256> byte_ids_{};
   MergeTable merges_;
   std::vector<std::string> token_bytes_;
-  std::unordered_map<std::string_view, int32_t> whole_words_;  // empty: words are always merged
+  TokenIds whole_words_;  // empty: words are always merged
 };
 
 }  // namespace

@@ -12,7 +12,7 @@ namespace passel {
 class PreTokenizer {
  public:
   // `name` as GGUF has it: "gpt-2", "smollm", "llama-bpe", "qwen2" and their aliases. Throws
-  // Error{kModel}. Qwen2's NFC normalisation is not part of it: text is taken as it is.
+  // Error{kModel}. Qwen2's NFC normalisation is not part of it: see TokenizerData::nfc.
   static std::unique_ptr<PreTokenizer> Make(const std::string& name);
   // The same from a regular expression of tokenizer.json, pieces isolated, after an optional split
   // of numeric characters one by one. Throws Error{kModel}.

@@ -4,17 +4,27 @@
 
 namespace passel {
 
-SpecialTokens::SpecialTokens(const TokenizerData& data) {
+SpecialTokens SpecialTokens::Of(const TokenizerData& data) {
   using Type = TokenizerData::TokenType;
+  std::vector<Entry> entries;
   for (size_t id = 0; id < data.tokens.size(); ++id) {
-    const std::string& text = data.tokens[id];
     const Type type = data.types[id];
-    if (text.empty() || (type != Type::kSpecial && type != Type::kAdded)) continue;
-    by_first_byte_[static_cast<uint8_t>(text[0])].push_back(
-        {text, static_cast<int32_t>(id), type == Type::kSpecial});
+    const bool special = type == Type::kSpecial || type == Type::kUnknown;
+    if (!special && type != Type::kAdded) continue;
+    const auto token = static_cast<int32_t>(id);
+    if (!std::binary_search(data.normalized_tokens.begin(), data.normalized_tokens.end(), token)) {
+      entries.push_back({data.tokens[id], token, special});
+    }
   }
-  for (std::vector<Entry>& entries : by_first_byte_) {
-    std::stable_sort(entries.begin(), entries.end(),
+  return SpecialTokens(entries);
+}
+
+SpecialTokens::SpecialTokens(const std::vector<Entry>& entries) {
+  for (const Entry& entry : entries) {
+    if (!entry.text.empty()) by_first_byte_[static_cast<uint8_t>(entry.text[0])].push_back(entry);
+  }
+  for (std::vector<Entry>& same : by_first_byte_) {
+    std::stable_sort(same.begin(), same.end(),
                      [](const Entry& a, const Entry& b) { return a.text.size() > b.text.size(); });
   }
 }

@@ -2,6 +2,7 @@
 
 #include <array>
 #include <cstdint>
+#include <string>
 #include <string_view>
 #include <vector>
 
@@ -12,8 +13,14 @@ namespace passel {
 // Finds a model's added tokens in text: the leftmost, and of those at one place the longest.
 class SpecialTokens {
  public:
-  // `data` must outlive this object.
-  explicit SpecialTokens(const TokenizerData& data);
+  struct Entry {
+    std::string text;
+    int32_t id;
+    bool special;
+  };
+  explicit SpecialTokens(const std::vector<Entry>& entries);
+  // A model's special and added tokens but those that are found in normalised text.
+  static SpecialTokens Of(const TokenizerData& data);
 
   struct Match {
     size_t at = 0, size = 0;
@@ -23,11 +30,6 @@ class SpecialTokens {
   Match Find(std::string_view text, bool allow_special) const;
 
  private:
-  struct Entry {
-    std::string_view text;
-    int32_t id;
-    bool special;
-  };
   std::array<std::vector<Entry>, 256> by_first_byte_;  // longest first
 };
 

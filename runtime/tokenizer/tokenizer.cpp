@@ -6,6 +6,7 @@
 
 #include "runtime/base/error.h"
 #include "runtime/tokenizer/byte_level_tokenizer.h"
+#include "runtime/tokenizer/sentence_piece_tokenizer.h"
 
 namespace passel {
 namespace {
@@ -25,6 +26,9 @@ void Validate(const TokenizerData& data) {
   if (data.merges.size() > static_cast<size_t>(std::numeric_limits<int32_t>::max())) {
     fail(fmt::format("has {} merges; expected at most 2^31 - 1", data.merges.size()));
   }
+  if (!data.scores.empty() && data.scores.size() != count) {
+    fail(fmt::format("has {} scores; expected {}", data.scores.size(), count));
+  }
   const auto check_id = [&](const char* name, int32_t id) {
     if (id < -1 || (id >= 0 && static_cast<size_t>(id) >= count)) {
       fail(fmt::format("{} id is {}; expected a token below {}", name, id, count));
@@ -41,11 +45,7 @@ void Validate(const TokenizerData& data) {
 
 std::unique_ptr<Tokenizer> Tokenizer::Make(const TokenizerData& data) {
   Validate(data);
-  if (data.kind == TokenizerData::Kind::kSentencePieceBpe) {
-    throw Error(ErrorClass::kModel,
-                "tokenizer: is of SentencePiece's kind, which is not served; expected byte-level "
-                "BPE");
-  }
+  if (data.kind == TokenizerData::Kind::kSentencePieceBpe) return MakeSentencePieceTokenizer(data);
   return MakeByteLevelTokenizer(data);
 }
 

@@ -13,6 +13,19 @@ namespace passel {
 struct TokenizerData {
   enum class Kind { kByteLevelBpe, kSentencePieceBpe };
   enum class TokenType : uint8_t { kNormal, kSpecial, kAdded, kByte, kUnknown };
+  // How SentencePiece's kind turns a stretch of text between special tokens into symbols: spaces
+  // become "▁", and one more may be put in front.
+  struct SpaceRules {
+    enum class Prefix {
+      kNever,
+      kFirst,         // of the text's very beginning
+      kAfterSpecial,  // of that, and after special tokens
+      kAlways,
+    };
+    Prefix prefix = Prefix::kNever;
+    bool unless_there = false;  // no prefix before a space
+    bool split_words = false;   // no token spans the beginning of a word
+  };
   Kind kind = Kind::kByteLevelBpe;
   std::string pre_tokenizer;  // "smollm", "llama-bpe", "gpt-2", "qwen2", …
   // A tokenizer.json's own pattern (empty: the one that pre_tokenizer names); with it, whether
@@ -21,14 +34,18 @@ struct TokenizerData {
   std::string pattern;
   bool split_digits = false;
   bool ignore_merges = false;
+  bool fuse_unknown = true;  // SentencePiece: unknown characters in a row are one token
   std::vector<std::string> tokens;
   std::vector<TokenType> types;
   std::vector<std::string> merges;  // "left right", in rank order
-  std::vector<float> scores;        // SentencePiece
+  std::vector<float> scores;        // SentencePiece, instead of merges: the higher merges first
+  SpaceRules spaces;                // SentencePiece
+  bool nfc = false;                 // byte-level: text is normalised to NFC first
+  // Added tokens that are found after `spaces` did its work on text and token alike; ascending.
+  std::vector<int32_t> normalized_tokens;
   int32_t bos = -1, eos = -1, unknown = -1;
   std::vector<int32_t> stop;  // ids that end generation (eos, eot, …)
   bool add_bos = false;
-  bool add_space_prefix = false;
   std::string chat_template;  // Jinja text as in the file; recognised, not interpreted
 };
 

@@ -72,6 +72,12 @@ struct GgufWriter {
     for (const int32_t i : ints) bytes.Put(i);
     values.push_back(bytes.str());
   }
+  void Floats(const std::string& key, const std::vector<float>& floats) {
+    Bytes bytes;
+    bytes.Text(key).Put<uint32_t>(9).Put<uint32_t>(6).Put<uint64_t>(floats.size());
+    for (const float f : floats) bytes.Put(f);
+    values.push_back(bytes.str());
+  }
   // Places the data behind that of the earlier tensors.
   void F32(const std::string& name, const std::vector<uint64_t>& dims,
            const std::vector<float>& data) {

@@ -350,7 +350,7 @@ TEST_F(HfModelTest, RefusesTokenizersItCannotServe) {
   with([](json& t) { t["model"]["vocab"]["zz"] = ~uint64_t{0}; }, "model.vocab");
   with([](json& t) { t["model"]["vocab"]["zz"] = 3; }, "id 3 is both");
   with([](json& t) { t["model"]["merges"] = {1}; }, "merges");
-  with([](json& t) { t["normalizer"] = {{"type", "NFC"}}; }, "normalizer");
+  with([](json& t) { t["normalizer"] = {{"type", "NFKC"}}; }, "normalizer");
   with([](json& t) { t["pre_tokenizer"] = {{"type", "Metaspace"}}; }, "pre_tokenizer");
   with([](json& t) { t["pre_tokenizer"] = nullptr; }, "pre_tokenizer");
   with([](json& t) { t["added_tokens"][0]["id"] = int64_t{1} << 40; }, "added_tokens");

@@ -85,6 +85,82 @@ TEST(ChatTemplate, Llama3) {
                 turns);
 }
 
+TokenizerData WithBosAndEos(const std::string& jinja, bool add_bos) {
+  TokenizerData data = WithTemplate(jinja);
+  data.bos = AddToken(data, "<s>", TokenizerData::TokenType::kSpecial);
+  data.eos = AddToken(data, "</s>", TokenizerData::TokenType::kSpecial);
+  data.add_bos = add_bos;
+  return data;
+}
+
+constexpr const char* kLlama2 =
+    "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}{% set "
+    "system_message = messages[0]['content'] %}{% else %}{% set loop_messages = messages %}{% set "
+    "system_message = false %}{% endif %}{% for message in loop_messages %}{% if (message['role'] "
+    "== 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Conversation roles must alternate "
+    "user/assistant/user/assistant/...') }}{% endif %}{% if loop.index0 == 0 and system_message != "
+    "false %}{% set content = '<<SYS>>\\n' + system_message + '\\n<</SYS>>\\n\\n' + "
+    "message['content'] %}{% else %}{% set content = message['content'] %}{% endif %}{% if "
+    "message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}{% elif "
+    "message['role'] == 'assistant' %}{{ ' '  + content.strip() + ' ' + eos_token }}{% endif %}{% "
+    "endfor %}";
+
+TEST(ChatTemplate, Llama2) {
+  const Messages turns = {{"system", "S"}, {"user", " a "}, {"assistant", " b"}, {"user", "c"}};
+  EXPECT_EQ(Apply(WithBosAndEos(kLlama2, false), turns),
+            "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\n a [/INST] b </s><s>[INST] c [/INST]");
+  EXPECT_EQ(Apply(WithBosAndEos(kLlama2, true), turns),  // encoding writes the first <s>
+            "[INST] <<SYS>>\nS\n<</SYS>>\n\n a [/INST] b </s><s>[INST] c [/INST]");
+  EXPECT_EQ(Apply(WithBosAndEos(kLlama2, false), {{"user", "x"}}), "<s>[INST] x [/INST]");
+}
+
+// The three shapes that Mistral's instruct models have.
+std::string MistralTemplate(const std::string& user, const std::string& assistant) {
+  return "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ " +
+         user + " }}{% elif message['role'] == 'assistant' %}{{ " + assistant +
+         " }}{% endif %}{% endfor %}";
+}
+
+TEST(ChatTemplate, Mistral) {
+  const Messages turns = {{"user", "a"}, {"assistant", "b"}, {"user", "c"}};
+  const std::string v1 = MistralTemplate("'[INST] ' + message['content'] + ' [/INST]'",
+                                         "message['content'] + eos_token + ' '");
+  EXPECT_EQ(Apply(WithBosAndEos(v1, false), turns), "<s>[INST] a [/INST]b</s> [INST] c [/INST]");
+  const std::string v2 = MistralTemplate("\"[INST] \" + message[\"content\"] + \" [/INST]\"",
+                                         "message[\"content\"] + eos_token");
+  EXPECT_EQ(Apply(WithBosAndEos(v2, true), turns), "[INST] a [/INST]b</s>[INST] c [/INST]");
+  const std::string v3 =
+      "{%- if messages[0][\"role\"] == \"system\" %}{% set system_message = "
+      "messages[0][\"content\"] %}{% endif %}" +
+      MistralTemplate("\"[INST] \" + message[\"content\"] + \"[/INST]\"",
+                      "\" \" + message[\"content\"] + eos_token");
+  const std::string last = v3 +
+                           "{% if loop.last and system_message is defined %}{{ \"[INST] \" + "
+                           "system_message + \"\\n\\n\" + message[\"content\"] }}";
+  EXPECT_EQ(Apply(WithBosAndEos(last, false), turns), "<s>[INST] a[/INST] b</s>[INST] c[/INST]");
+  Messages with_system = turns;
+  with_system.insert(with_system.begin(), {"system", "S"});
+  EXPECT_EQ(Apply(WithBosAndEos(last, false), with_system),
+            "<s>[INST] a[/INST] b</s>[INST] S\n\nc[/INST]");
+  std::string first = last;
+  first.replace(first.find("loop.last"), 9, "loop.first");
+  EXPECT_EQ(Apply(WithBosAndEos(first, false), with_system),
+            "<s>[INST] S\n\na[/INST] b</s>[INST] c[/INST]");
+  // Where it writes the system message is not seen: refused rather than left out.
+  ExpectUsageError(WithBosAndEos(v3, false), turns, "not served");
+}
+
+TEST(ChatTemplate, InstTemplatesTakeTurns) {
+  const TokenizerData llama2 = WithBosAndEos(kLlama2, true);
+  ExpectUsageError(llama2, {{"user", "a"}, {"user", "b"}}, "messages[1].role");
+  ExpectUsageError(llama2, {{"system", "a"}}, "messages[1].role");
+  ExpectUsageError(llama2, {{"system", "a"}, {"assistant", "b"}}, "messages[1].role");
+  ExpectUsageError(llama2, {{"user", "a"}, {"assistant", "b"}}, "user's last");
+  const std::string v1 = MistralTemplate("'[INST] ' + message['content'] + ' [/INST]'",
+                                         "message['content'] + eos_token + ' '");
+  ExpectUsageError(WithBosAndEos(v1, true), {{"system", "a"}, {"user", "b"}}, "messages[0].role");
+}
+
 TEST(ChatTemplate, RefusesWhatItDoesNotKnow) {
   ExpectUsageError(WithTemplate(""), {{"user", "x"}}, "no chat template");
   ExpectUsageError(WithTemplate("[INST] {{ x }} [/INST]"), {{"user", "x"}}, "not served");

@@ -159,5 +159,18 @@ TEST(Tokenizer, RefusesDataItCannotServe) {
   ExpectModelError(TokenizerData{}, "no tokenizer");
 }
 
+TEST(Tokenizer, NormalisesToNfcWhereTheModelDoes) {
+  TokenizerData data = ByteVocabulary({{"\xc3", "\xa9"}});  // é, composed
+  const std::string composed = "\u00e9", apart = "e\u0301";
+  EXPECT_EQ(Tokenizer::Make(data)->Encode(apart, true).size(), 3u);
+  data.nfc = true;
+  const auto tokenizer = Tokenizer::Make(data);
+  EXPECT_EQ(tokenizer->Encode(apart, true), (std::vector<int32_t>{256}));
+  EXPECT_EQ(tokenizer->Encode(composed, true), (std::vector<int32_t>{256}));
+  // Hangul composes by rule; an invalid byte ends what can compose.
+  EXPECT_EQ(tokenizer->Encode("\u1112\u1161\u11ab", true), tokenizer->Encode("\ud55c", true));
+  EXPECT_EQ(tokenizer->Encode("e\xff\u0301", true).size(), 4u);
+}
+
 }  // namespace
 }  // namespace passel
