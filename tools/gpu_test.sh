@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds the CUDA device and its tests alone (CUDA toolkit and GoogleTest suffice) and runs them.
 # Usage: tools/gpu_test.sh [BUILD_DIR] [GoogleTest arguments]
-# MEMCHECK=1 runs them under compute-sanitizer. ARCH: as in nvcc -arch (default: this GPU's).
+# CHECK=memcheck or racecheck runs them under compute-sanitizer. ARCH: as in nvcc -arch (default: this GPU's).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 build=${1:-build/gpu_test}
@@ -10,16 +10,25 @@ nvcc=$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)
 mkdir -p "$build"
 objects=()
 pids=()
-for source in gpu/cuda/*.cu gpu/cuda/*.cpp gpu/device.cpp gpu/staged_collectives.cpp runtime/base/{error,random}.cpp \
+nccl=()
+if echo '#include <nccl.h>' | "$nvcc" -x cu -E - >/dev/null 2>&1; then
+  nccl=(-DPASSEL_NCCL tests/gpu/nccl_test.cpp gpu/cuda/nccl_collectives.cpp)
+fi
+for source in gpu/cuda/*.cu $(ls gpu/cuda/*.cpp | grep -v nccl) "${nccl[@]:1}" gpu/device.cpp gpu/staged_collectives.cpp runtime/base/{error,random}.cpp \
     tests/gpu/{ops,matmul,attention,cuda}_test.cpp tests/gpu/cuda_backend.cpp; do
   object=$build/$(echo "$source" | tr / _).o
   objects+=("$object")
-  "$nvcc" -std=c++20 --extended-lambda -O3 -arch="${ARCH:-native}" -Xcompiler=-Wall -I. \
+  "$nvcc" -std=c++20 --extended-lambda -O3 -arch="${ARCH:-native}" -Xcompiler=-Wall -I. "${nccl[@]:0:1}" \
     -c "$source" -o "$object" &
   pids+=($!)
 done
 for pid in "${pids[@]}"; do wait "$pid"; done
-"$nvcc" -arch="${ARCH:-native}" "${objects[@]}" -o "$build/cuda_test" -lgtest -lcublas -lpthread
+"$nvcc" -arch="${ARCH:-native}" "${objects[@]}" -o "$build/cuda_test" -lgtest -lcublas -lpthread \
+  ${nccl:+-lnccl}
 run=()
-if [[ ${MEMCHECK:-0} == 1 ]]; then run=(compute-sanitizer --tool memcheck --error-exitcode 9); fi
+if [[ -n ${CHECK:-} ]]; then
+  # Calls that a test expects to fail are no errors.
+  run=(compute-sanitizer --tool "$CHECK" --error-exitcode 9)
+  if [[ $CHECK == memcheck ]]; then run+=(--report-api-errors no); fi
+fi
 "${run[@]}" "$build/cuda_test" "$@"

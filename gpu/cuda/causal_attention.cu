@@ -3,8 +3,10 @@
 // online softmax. Q and the weights of V are rounded to bf16; sums are float32. Tiles of keys lie
 // at multiples of 64, so a row's bits do not depend on how the prompt was cut into chunks.
 
+#include "gpu/cuda/async_copy.cuh"
 #include "gpu/cuda/device_math.cuh"
 #include "gpu/cuda/kernels.h"
+#include "gpu/cuda/matrix_units.cuh"
 
 namespace passel::gpu::cuda {
 namespace {
@@ -18,45 +20,6 @@ struct CausalArgs {
   Tensor q, k, v, out;
   int64_t start, window;
 };
-
-__device__ inline uint32_t SharedAddress(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-
-// Asynchronous copy of 16 bytes to shared memory; zeros where `inside` is false.
-__device__ inline void CopyAsync16(void* shared, const void* global, bool inside) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(SharedAddress(shared)),
-               "l"(global), "r"(inside ? 16 : 0));
-}
-__device__ inline void CommitCopies() { asm volatile("cp.async.commit_group;"); }
-template <int kPending>
-__device__ inline void WaitForCopies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
-
-// Four 8×8 tiles; lane l names row l % 8 of tile l / 8.
-__device__ inline void LoadTiles(uint32_t (&r)[4], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(SharedAddress(row))
-               : "memory");
-}
-__device__ inline void LoadTilesTransposed(uint32_t (&r)[4], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(SharedAddress(row))
-               : "memory");
-}
-
-// c: [16, 8] += a: [16, 16] · b: [16, 8].
-__device__ inline void MultiplyAdd(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
-                                   uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-      "{%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
 
 __device__ inline uint32_t PackBf16(float low, float high) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);

@@ -161,9 +161,10 @@ void CudaDevice::DecodeAttention(Tensor q, std::span<const KvView> views, Partia
   }
   auto* scratch = static_cast<float*>(decode_scratch_.Get(
       static_cast<size_t>(partials * DecodePartialFloats(pool_shape_)) * sizeof(float)));
-  const int32_t* device_pages = ring_.Upload(std::span<const int32_t>(pages));
-  LaunchDecodeAttention(stream_.get, {pool_->data(), pool_shape_}, q, device_pages,
-                        ring_.Upload(std::span<const DecodeRow>(rows)), max_splits, scratch, out);
+  const auto [device_rows, device_pages] =
+      ring_.Upload(std::span<const DecodeRow>(rows), std::span<const int32_t>(pages));
+  LaunchDecodeAttention(stream_.get, {pool_->data(), pool_shape_}, q, device_pages, device_rows,
+                        max_splits, scratch, out);
 }
 
 void CudaDevice::CausalAttention(const AttentionShape& shape, Tensor q, Tensor k, Tensor v,
@@ -235,6 +236,7 @@ void CudaDevice::MergePartials(Partials into, Partials from, std::span<const int
   const int64_t head_dim = CheckPartials(into, "MergePartials: shapes of `into` disagree");
   Check(CheckPartials(from, "MergePartials: shapes of `from` disagree") == head_dim,
         "MergePartials: head_dim differs");
+  Check(head_dim <= 256, "MergePartials: head_dim above 256");
   const auto n = static_cast<int64_t>(rows.size());
   Check(n == from.max.rows && first_heads.size() == rows.size() && into.max.rows < 65536,
         "MergePartials: one row and head index per partial");
@@ -247,14 +249,15 @@ void CudaDevice::MergePartials(Partials into, Partials from, std::span<const int
   }
   if (n == 0) return;
   for (size_t r = 1; r < row_begin.size(); ++r) row_begin[r] += row_begin[r - 1];
-  std::vector<int32_t> next(row_begin.begin(), row_begin.end() - 1), order(rows.size());
+  std::vector<int32_t> next(row_begin.begin(), row_begin.end() - 1);
+  std::vector<MergeEntry> entries(rows.size());
   for (size_t i = 0; i < rows.size(); ++i) {
-    order[static_cast<size_t>(next[static_cast<size_t>(rows[i])]++)] = static_cast<int32_t>(i);
+    entries[static_cast<size_t>(next[static_cast<size_t>(rows[i])]++)] = {static_cast<int32_t>(i),
+                                                                          first_heads[i]};
   }
-  const int32_t* device_order = ring_.Upload(std::span<const int32_t>(order));
-  const int32_t* device_begin = ring_.Upload(std::span<const int32_t>(row_begin));
-  LaunchMergePartials(stream_.get, into, from, device_order, device_begin,
-                      ring_.Upload(first_heads));
+  const auto [device_entries, device_begin] =
+      ring_.Upload(std::span<const MergeEntry>(entries), std::span<const int32_t>(row_begin));
+  LaunchMergePartials(stream_.get, into, from, device_entries, device_begin);
 }
 
 void CudaDevice::NormalizePartials(Partials partials, Tensor out) {

@@ -3,24 +3,11 @@
 // its group of query heads, so that K and V are read once; a second kernel merges the runs in
 // order.
 
-#include "gpu/cuda/device_math.cuh"
+#include "gpu/cuda/decode_attention.cuh"
 #include "gpu/cuda/kernels.h"
 
 namespace passel::gpu::cuda {
 namespace {
-
-constexpr int kWarps = 4;
-constexpr int kThreads = 32 * kWarps;
-
-struct DecodeArgs {
-  Tensor q;
-  const __nv_bfloat16* pool;
-  const int32_t* pages;
-  const DecodeRow* rows;
-  AttentionShape shape;
-  float* scratch;
-  Partials out;
-};
 
 __device__ inline void Unpack(const uint4& packed, float* out) {
   const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
@@ -31,32 +18,15 @@ __device__ inline void Unpack(const uint4& packed, float* out) {
   }
 }
 
-// Max, den and num of a query head, of a split (in scratch) or of the whole row (in out).
-struct HeadResult {
-  float* max;
-  float* den;
-  float* num;
-};
-
-__device__ inline HeadResult SplitResult(const DecodeArgs& a, int64_t partial, int32_t head) {
-  float* base = a.scratch + (partial * a.shape.heads + head) * (a.shape.head_dim + 2);
-  return {base, base + 1, base + 2};
-}
-
-__device__ inline HeadResult RowResult(const DecodeArgs& a, int64_t row, int32_t head) {
-  return {F32Row(a.out.max, row) + head, F32Row(a.out.den, row) + head,
-          F32Row(a.out.num, row) + int64_t{head} * a.shape.head_dim};
-}
-
 // kLanes lanes hold a token's head vector, 8 elements each (head_dim ≤ 8·kLanes); a warp takes
 // 32 / kLanes tokens side by side, and a lane kUnroll such tokens a step. Each group of lanes keeps
 // its own online softmax for kHeads query heads; they are merged at the end, in a fixed order.
 template <int kLanes, int kHeads>
-__global__ void __launch_bounds__(kThreads) SplitKernel(DecodeArgs a, int32_t parts) {
+__global__ void __launch_bounds__(kDecodeThreads) SplitKernel(DecodeArgs a, int32_t parts) {
   constexpr int kSideBySide = 32 / kLanes;
   constexpr int kUnroll = kHeads > 4 ? 2 : 4;
-  __shared__ float warp_max[kWarps][kHeads], warp_den[kWarps][kHeads];
-  __shared__ float warp_num[kWarps][kHeads][8 * kLanes];
+  __shared__ float warp_max[kDecodeWarps][kHeads], warp_den[kDecodeWarps][kHeads];
+  __shared__ float warp_num[kDecodeWarps][kHeads][8 * kLanes];
 
   LetNextKernelStart();
   WaitForEarlierKernels();
@@ -90,12 +60,12 @@ __global__ void __launch_bounds__(kThreads) SplitKernel(DecodeArgs a, int32_t pa
   const int64_t begin = split * cut.split_tokens;
   const int64_t end = min(cut.tokens, begin + cut.split_tokens);
   const int64_t slot_elements = int64_t{2} * a.shape.kv_heads * dim;
-  for (int64_t step = begin; step < end; step += kWarps * kSideBySide * kUnroll) {
+  for (int64_t step = begin; step < end; step += kDecodeWarps * kSideBySide * kUnroll) {
     uint4 k[kUnroll], v[kUnroll];
     bool valid[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      const int64_t token = step + (u * kWarps + warp) * kSideBySide + lane / kLanes;
+      const int64_t token = step + (u * kDecodeWarps + warp) * kSideBySide + lane / kLanes;
       valid[u] = token < end;
       k[u] = v[u] = make_uint4(0, 0, 0, 0);
       if (valid[u] && active) {
@@ -184,12 +154,12 @@ __global__ void __launch_bounds__(kThreads) SplitKernel(DecodeArgs a, int32_t pa
     }
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < heads * dim; i += kThreads) {
+  for (int i = threadIdx.x; i < heads * dim; i += kDecodeThreads) {
     const int g = i / dim, j = i % dim;
     float new_max = warp_max[0][g];
-    for (int w = 1; w < kWarps; ++w) new_max = fmaxf(new_max, warp_max[w][g]);
+    for (int w = 1; w < kDecodeWarps; ++w) new_max = fmaxf(new_max, warp_max[w][g]);
     float total = 0, sum = 0;
-    for (int w = 0; w < kWarps; ++w) {
+    for (int w = 0; w < kDecodeWarps; ++w) {
       const float weight = RescaleWeight(warp_max[w][g], new_max);
       total += weight * warp_den[w][g];
       sum += weight * warp_num[w][g][j];
@@ -206,7 +176,7 @@ __global__ void __launch_bounds__(kThreads) SplitKernel(DecodeArgs a, int32_t pa
 }
 
 // One block a (head, row): merges the row's splits in order.
-__global__ void __launch_bounds__(kThreads) MergeSplitsKernel(DecodeArgs a) {
+__global__ void __launch_bounds__(kDecodeThreads) MergeSplitsKernel(DecodeArgs a) {
   LetNextKernelStart();
   WaitForEarlierKernels();
   const int32_t head = static_cast<int32_t>(blockIdx.x);
@@ -218,7 +188,7 @@ __global__ void __launch_bounds__(kThreads) MergeSplitsKernel(DecodeArgs a) {
     max = fmaxf(max, *SplitResult(a, cut.first_partial + s, head).max);
   }
   const HeadResult result = RowResult(a, row, head);
-  for (int j = threadIdx.x; j < a.shape.head_dim; j += kThreads) {
+  for (int j = threadIdx.x; j < a.shape.head_dim; j += kDecodeThreads) {
     float den = 0, num = 0;
     for (int s = 0; s < cut.splits; ++s) {
       const HeadResult part = SplitResult(a, cut.first_partial + s, head);
@@ -240,8 +210,8 @@ void LaunchSplits(cudaStream_t stream, const DecodeArgs& args, int32_t max_split
   const dim3 grid(static_cast<unsigned>(max_splits),
                   static_cast<unsigned>(args.shape.kv_heads * parts),
                   static_cast<unsigned>(args.q.rows));
-  LaunchBehind(stream, grid, kThreads, 0, "launch of DecodeAttention", SplitKernel<kLanes, kHeads>,
-               args, parts);
+  LaunchBehind(stream, grid, kDecodeThreads, 0, "launch of DecodeAttention",
+               SplitKernel<kLanes, kHeads>, args, parts);
 }
 
 template <int kLanes>
@@ -264,7 +234,7 @@ __device__ inline __nv_bfloat16* SlotElement(const PoolView& pool, int64_t slot,
 
 void CutDecodeRow(DecodeRow* row) {
   // Enough splits to fill a large GPU with one sequence; few enough to merge quickly.
-  constexpr int64_t kMinSplitTokens = 4 * kKvPageTokens;
+  constexpr int64_t kMinSplitTokens = 8 * kKvPageTokens;
   constexpr int64_t kMaxSplits = 128;
   const int64_t share = (row->tokens + kMaxSplits - 1) / kMaxSplits;
   const int64_t pages = (share + kKvPageTokens - 1) / kKvPageTokens;
@@ -294,7 +264,9 @@ void LaunchDecodeAttention(cudaStream_t stream, PoolView pool, Tensor q, const i
   const DecodeArgs args{
       q, static_cast<const __nv_bfloat16*>(pool.data), pages, rows, pool.shape, scratch, out};
   const int32_t dim = pool.shape.head_dim;
-  if (dim <= 32) {
+  if (FitsMatrixDecode(pool.shape)) {
+    LaunchMatrixSplits(stream, args, max_splits);
+  } else if (dim <= 32) {
     LaunchForGroup<4>(stream, args, max_splits);
   } else if (dim <= 64) {
     LaunchForGroup<8>(stream, args, max_splits);
@@ -305,8 +277,8 @@ void LaunchDecodeAttention(cudaStream_t stream, PoolView pool, Tensor q, const i
   }
   if (max_splits > 1) {
     const dim3 grid(static_cast<unsigned>(pool.shape.heads), static_cast<unsigned>(q.rows));
-    LaunchBehind(stream, grid, kThreads, 0, "launch of DecodeAttention's merge", MergeSplitsKernel,
-                 args);
+    LaunchBehind(stream, grid, kDecodeThreads, 0, "launch of DecodeAttention's merge",
+                 MergeSplitsKernel, args);
   }
 }
 

@@ -16,6 +16,12 @@ __global__ void __launch_bounds__(kNormThreads)
     AddRmsNormKernel(Tensor residual, Tensor delta, const float* weight, float eps, Tensor out) {
   __shared__ float sums[kNormThreads / 32];
   LetNextKernelStart();
+  float scales[kKept];  // weights never change, so they are read before the wait
+#pragma unroll
+  for (int i = 0; i < kKept; ++i) {
+    const int64_t j = threadIdx.x + i * kNormThreads;
+    scales[i] = j < residual.cols ? __ldg(weight + j) : 0.0f;
+  }
   WaitForEarlierKernels();
   float* row = F32Row(residual, blockIdx.x);
   const float* add = delta.data ? F32Row(delta, blockIdx.x) : nullptr;
@@ -53,7 +59,7 @@ __global__ void __launch_bounds__(kNormThreads)
 #pragma unroll
   for (int i = 0; i < kKept; ++i) {
     const int64_t j = threadIdx.x + i * kNormThreads;
-    if (j < residual.cols) StoreElement(out, blockIdx.x, j, kept[i] * scale * weight[j]);
+    if (j < residual.cols) StoreElement(out, blockIdx.x, j, kept[i] * scale * scales[i]);
   }
   for (int64_t j = threadIdx.x + kKept * kNormThreads; j < residual.cols; j += kNormThreads) {
     StoreElement(out, blockIdx.x, j, row[j] * scale * weight[j]);

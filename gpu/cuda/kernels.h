@@ -43,11 +43,15 @@ void LaunchArgMax(cudaStream_t stream, Tensor x, int32_t* ids);
 size_t ColumnMeanScratch(int64_t rows, int64_t cols);
 void LaunchColumnMean(cudaStream_t stream, Tensor x, Tensor mean, double* sums);
 
-// Partial results (partials.cu). order, row_begin: the entries of `from` that go to row r of `into`
-// are order[row_begin[r]] … order[row_begin[r + 1] − 1], ascending.
+// Partial results (partials.cu). What goes to row r of `into`, heads first_head and on, is
+// entries[row_begin[r]] … entries[row_begin[r + 1] − 1], in the order of its rows in `from`.
+struct MergeEntry {
+  int32_t from_row;
+  int32_t first_head;
+};
 void LaunchClearPartials(cudaStream_t stream, Partials partials);
-void LaunchMergePartials(cudaStream_t stream, Partials into, Partials from, const int32_t* order,
-                         const int32_t* row_begin, const int32_t* first_heads);
+void LaunchMergePartials(cudaStream_t stream, Partials into, Partials from,
+                         const MergeEntry* entries, const int32_t* row_begin);
 void LaunchNormalizePartials(cudaStream_t stream, Partials partials, Tensor out);
 
 // The KV pool (decode_attention.cu). slots[i]: page · kKvPageTokens + place in the page.

@@ -6,40 +6,55 @@
 namespace passel::gpu::cuda {
 namespace {
 
-constexpr int kThreads = 128;
+constexpr int kHeadsEach = 4;  // of a block: a warp each
 
-// One block a (head, row) of `into`. Every thread walks the row's entries in order and keeps its
-// own copy of max and den, so that no thread waits for another.
-__global__ void __launch_bounds__(kThreads)
-    MergeKernel(Partials into, Partials from, const int32_t* order, const int32_t* row_begin,
-                const int32_t* first_heads) {
+// One warp a (head, row) of `into`: walks the row's entries in order. What it reads may be host
+// memory, far away: max, den and num of an entry are asked for together.
+__global__ void __launch_bounds__(32 * kHeadsEach)
+    MergeKernel(Partials into, Partials from, const MergeEntry* entries, const int32_t* row_begin) {
   LetNextKernelStart();
   WaitForEarlierKernels();
-  const int32_t head = static_cast<int32_t>(blockIdx.x);
+  const int64_t head = int64_t{blockIdx.x} * kHeadsEach + threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
   const int64_t row = blockIdx.y;
+  if (head >= into.max.cols) return;
   const int32_t begin = row_begin[row], end = row_begin[row + 1];
   if (begin == end) return;
   const int64_t dim = into.num.cols / into.max.cols;
   float* num = F32Row(into.num, row) + head * dim;
   float max = F32Row(into.max, row)[head];
   float den = F32Row(into.den, row)[head];
-  __syncthreads();  // thread 0 writes below what all have read here
+  __syncwarp();             // lane 0 writes below what all have read here
+  constexpr int kEach = 8;  // elements of a lane: head_dim ≤ 256
+  float own[kEach];
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) own[i] = lane + 32 * i < dim ? num[lane + 32 * i] : 0.0f;
   for (int32_t e = begin; e < end; ++e) {
-    const int32_t i = order[e];
-    const int64_t h = head - first_heads[i];
+    const MergeEntry entry = entries[e];
+    const int64_t h = head - entry.first_head;
     if (h < 0 || h >= from.max.cols) continue;
-    const float from_max = F32Row(from.max, i)[h];
+    const float* from_num = F32Row(from.num, entry.from_row) + h * dim;
+    float other[kEach];
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      other[i] = lane + 32 * i < dim ? from_num[lane + 32 * i] : 0.0f;
+    }
+    const float from_max = F32Row(from.max, entry.from_row)[h];
+    const float from_den = F32Row(from.den, entry.from_row)[h];
     if (from_max == -INFINITY) continue;
     const float new_max = fmaxf(max, from_max);
-    const float own = RescaleWeight(max, new_max), other = RescaleWeight(from_max, new_max);
-    den = own * den + other * F32Row(from.den, i)[h];
+    const float weight = RescaleWeight(max, new_max);
+    const float from_weight = RescaleWeight(from_max, new_max);
+    den = weight * den + from_weight * from_den;
     max = new_max;
-    const float* from_num = F32Row(from.num, i) + h * dim;
-    for (int64_t j = threadIdx.x; j < dim; j += kThreads) {
-      num[j] = own * num[j] + other * from_num[j];
-    }
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) own[i] = weight * own[i] + from_weight * other[i];
   }
-  if (threadIdx.x == 0) {
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    if (lane + 32 * i < dim) num[lane + 32 * i] = own[i];
+  }
+  if (lane == 0) {
     F32Row(into.max, row)[head] = max;
     F32Row(into.den, row)[head] = den;
   }
@@ -57,12 +72,13 @@ void LaunchClearPartials(cudaStream_t stream, Partials partials) {
   });
 }
 
-void LaunchMergePartials(cudaStream_t stream, Partials into, Partials from, const int32_t* order,
-                         const int32_t* row_begin, const int32_t* first_heads) {
+void LaunchMergePartials(cudaStream_t stream, Partials into, Partials from,
+                         const MergeEntry* entries, const int32_t* row_begin) {
   if (from.max.rows == 0 || into.max.rows == 0) return;
-  const dim3 grid(static_cast<unsigned>(into.max.cols), static_cast<unsigned>(into.max.rows));
-  LaunchBehind(stream, grid, kThreads, 0, "launch of MergePartials", MergeKernel, into, from, order,
-               row_begin, first_heads);
+  const dim3 grid(static_cast<unsigned>((into.max.cols + kHeadsEach - 1) / kHeadsEach),
+                  static_cast<unsigned>(into.max.rows));
+  LaunchBehind(stream, grid, 32 * kHeadsEach, 0, "launch of MergePartials", MergeKernel, into, from,
+               entries, row_begin);
 }
 
 void LaunchNormalizePartials(cudaStream_t stream, Partials partials, Tensor out) {

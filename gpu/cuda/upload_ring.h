@@ -5,6 +5,7 @@
 #include <cstring>
 #include <memory>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "gpu/cuda/check.h"
@@ -27,6 +28,16 @@ class UploadRing {
   // Device address of a copy of `bytes` bytes, 256-byte aligned, for work issued before the ring
   // has come around: kernels must be launched before half a ring of further uploads.
   void* Upload(const void* host, size_t bytes);
+  // Two arrays as one upload.
+  template <typename T, typename U>
+  std::pair<const T*, const U*> Upload(std::span<const T> first, std::span<const U> second) {
+    const size_t begin = (first.size_bytes() + alignof(U) - 1) / alignof(U) * alignof(U);
+    both_.resize(begin + second.size_bytes());
+    if (!first.empty()) std::memcpy(both_.data(), first.data(), first.size_bytes());
+    if (!second.empty()) std::memcpy(both_.data() + begin, second.data(), second.size_bytes());
+    const auto* device = static_cast<const std::byte*>(Upload(both_.data(), both_.size()));
+    return {reinterpret_cast<const T*>(device), reinterpret_cast<const U*>(device + begin)};
+  }
   template <typename T>
   const T* Upload(std::span<const T> host) {
     return static_cast<const T*>(Upload(host.data(), host.size_bytes()));
@@ -41,6 +52,7 @@ class UploadRing {
   size_t segment_ = 0;                         // the one being filled
   size_t used_ = 0;                            // bytes of it
   std::array<cudaEvent_t, kSegments> left_{};  // copies of a segment, recorded on leaving it
+  std::vector<std::byte> both_;
   std::unique_ptr<Buffer> pinned_;
   std::unique_ptr<Buffer> device_;
   // Device sides before growths: an operation may hold addresses in them. Each is at most half as

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
+#include <utility>
 
 #include "tests/gpu/device_matrix.h"
 
@@ -36,6 +37,45 @@ TEST(CudaMatMul, DeterministicRowsDoNotDependOnTheBatch) {
         size += std::abs(product);
       }
       ASSERT_NEAR(static_cast<double>(y[static_cast<size_t>(i * out + o)]), sum, 1e-6 * size);
+    }
+  }
+}
+
+// Rows of every way to multiply, with features and k that leave ends over: few rows, some tens
+// (shared tiles), many; into an empty matrix and onto a full one.
+TEST(CudaMatMul, EveryNumberOfRowsEqualsFloat64) {
+  const auto device = MakeTestDevice({});
+  Random random(43);
+  for (const auto& [out, in] :
+       {std::pair<int64_t, int64_t>{4096, 1536}, {6000, 1088}, {17000, 640}, {70, 14336}}) {
+    const auto w = RoundToBf16(RandomFloats(random, out * in));
+    const auto linear = device->MakeLinear(out, in, ReaderOf(w, in));
+    for (const int64_t n : {1, 7, 8, 9, 16, 17, 32, 33, 63, 64, 65}) {
+      const auto x = RoundToBf16(RandomFloats(random, n * in));
+      const auto before = RandomFloats(random, n * out);
+      DeviceMatrix dx(*device, DType::kBf16, n, in, 8), y(*device, DType::kF32, n, out, 4),
+          sum(*device, DType::kF32, n, out), scratch(*device, DType::kF32, n, out);
+      dx.Set(x);
+      sum.Set(before);
+      for (int repeat = 0; repeat < 3; ++repeat) device->MatMul(*linear, dx.tensor, y.tensor);
+      device->MatMulAdd(*linear, dx.tensor, sum.tensor, scratch.tensor);
+      const auto got = y.Get(), added = sum.Get();
+      for (int64_t i = 0; i < n; i += 1 + n / 5) {
+        for (int64_t o = i % 3; o < out; o += 61) {
+          double exact = 0, size = 0;
+          for (int64_t j = 0; j < in; ++j) {
+            const double product = static_cast<double>(x[static_cast<size_t>(i * in + j)]) *
+                                   static_cast<double>(w[static_cast<size_t>(o * in + j)]);
+            exact += product;
+            size += std::abs(product);
+          }
+          const auto at = static_cast<size_t>(i * out + o);
+          ASSERT_NEAR(static_cast<double>(got[at]), exact, 1e-6 * size) << n << " rows, " << o;
+          ASSERT_NEAR(static_cast<double>(added[at]), exact + static_cast<double>(before[at]),
+                      1e-6 * size)
+              << n << " rows, " << o;
+        }
+      }
     }
   }
 }
