@@ -28,7 +28,7 @@ uint32_t ExactTile(uint32_t tokens) { return tokens > 16384 ? 4096 : 1024; }
 Scratch::Scratch()
     : counters_(kMaxBlockTokens + 65),
       staging_(kStagingIds),
-      ids_(kMaxBlockTokens + 1),
+      ids_(kMaxBlockTokens + 1 + kProbeSlack),
       scores_(kMaxBlockTokens + 1) {}
 
 float* Scratch::work(size_t floats) {

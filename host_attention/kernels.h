@@ -46,7 +46,10 @@ struct CompactView {
 
 // Memory a probe works in. counters: [kMaxBlockTokens + 65], zero before and after.
 // staging: [kStagingIds].
-inline constexpr size_t kStagingIds = 4096 + kTableSlack;
+inline constexpr size_t kStagedAtOnce = 4096;
+inline constexpr size_t kStagingIds = 2 * kStagedAtOnce + kTableSlack;
+// Entries that a probe may write past those it counts.
+inline constexpr size_t kProbeSlack = 3;
 struct ProbeScratch {
   uint8_t* counters = nullptr;
   uint16_t* staging = nullptr;
@@ -66,8 +69,8 @@ size_t WorkFloats(uint32_t heads, uint32_t head_dim);
 // A partial's `max` is the maximum of the plain scores q·k/√d: any reference value is right, as
 // max and den are read together.
 struct Kernels {
-  // Appends base + i to `out` (room for `limit` entries) for each i < limit that shares ≥ 2 of
-  // the l codes, ascending; returns the count. codes: [l].
+  // Appends base + i to `out` (room for `limit` + kProbeSlack entries) for each i < limit that
+  // shares ≥ 2 of the l codes, ascending; returns the count. codes: [l].
   size_t (*probe_csr)(const CsrView& table, const uint16_t* codes, uint32_t limit, uint32_t base,
                       const ProbeScratch& scratch, uint32_t* out);
   size_t (*probe_compact)(const CompactView& table, const uint16_t* codes, uint32_t limit,

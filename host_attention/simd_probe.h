@@ -4,6 +4,7 @@
 namespace passel::host {
 namespace {
 
+// Into the L2 cache, as rows are (simd_attend.h).
 inline void Prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // Counts staged ids. Ids of one bucket are distinct, buckets are not, so increments stay scalar;
@@ -21,11 +22,19 @@ inline void CountStaged(const uint16_t* ids, size_t count, uint8_t* counters) {
   for (; i < count; ++i) ++counters[ids[i]];
 }
 
+// Appends first + the positions of `mask`'s bits; may write, and not count, 3 entries more. Few
+// bits are set, how many is hard to predict: 3 are written without asking.
 inline size_t TakeMask(uint64_t mask, uint32_t first, uint32_t* out) {
-  size_t count = 0;
-  while (mask != 0) {
-    out[count++] = first + static_cast<uint32_t>(__builtin_ctzll(mask));
-    mask &= mask - 1;
+  constexpr uint64_t kTop = uint64_t{1} << 63;  // __builtin_ctzll(0) is undefined
+  const auto count = static_cast<size_t>(__builtin_popcountll(mask));
+  uint64_t left = mask;
+  for (int i = 0; i < 3; ++i) {
+    out[i] = first + static_cast<uint32_t>(__builtin_ctzll(left | kTop));
+    left &= left - 1;
+  }
+  for (size_t i = 3; i < count; ++i) {
+    out[i] = first + static_cast<uint32_t>(__builtin_ctzll(left));
+    left &= left - 1;
   }
   return count;
 }
@@ -34,8 +43,8 @@ size_t ProbeCsr(const CsrView& table, const uint16_t* codes, uint32_t limit, uin
                 const ProbeScratch& scratch, uint32_t* out) {
   // Bounds are prefetched kBoundsAhead tables before their buckets are, and those kIdsAhead before
   // they are read: each is a cache miss.
-  constexpr uint32_t kBoundsAhead = 48, kIdsAhead = 24;
-  constexpr size_t kFlush = 2048;
+  constexpr uint32_t kBoundsAhead = 96, kIdsAhead = 48;
+  constexpr size_t kFlush = kStagedAtOnce;
   const size_t buckets = size_t{1} << table.k;
   const uint32_t l = table.l;
   uint8_t* counters = scratch.counters;
@@ -47,11 +56,15 @@ size_t ProbeCsr(const CsrView& table, const uint16_t* codes, uint32_t limit, uin
   const auto prefetch_ids = [&](uint32_t t) {
     const uint16_t* bounds = bounds_of(t);
     const uint16_t* ids = table.ids + t * table.stride;
-    const uint16_t* end = ids + bounds[1];
-    // Beyond four lines the hardware's stream prefetcher has caught on.
-    const uint16_t* p = ids + bounds[0];
-    Prefetch(p);
-    for (int line = 1; line < 4 && p + 32 * line < end + 31; ++line) Prefetch(p + 32 * line);
+    // The lines that the bucket lies in, four at most: beyond, the hardware's stream prefetcher has
+    // caught on. How many they are is hard to predict, so the last one is asked for again instead.
+    constexpr uintptr_t kLine = 64;
+    const uintptr_t first = reinterpret_cast<uintptr_t>(ids + bounds[0]) & ~(kLine - 1);
+    const uintptr_t last = reinterpret_cast<uintptr_t>(ids + bounds[1]) - 1;
+    for (uintptr_t line = 0; line < 4; ++line) {
+      const uintptr_t at = first + line * kLine;
+      Prefetch(reinterpret_cast<const void*>(at < last ? at : last));
+    }
   };
   for (uint32_t t = 0; t < kIdsAhead && t < l; ++t) prefetch_ids(t);
   size_t staged = 0;

@@ -135,12 +135,12 @@ TEST_P(KernelsTest, ProbesFindExactlyTheTokensThatShareTwoCodes) {
         for (uint32_t t = 0; t < l; ++t) agreeing += codes[size_t{i} * l + t] == query[t];
         if (agreeing >= 2) want.push_back(500 + i);
       }
-      std::vector<uint32_t> got(limit + 1);
+      std::vector<uint32_t> got(limit + kProbeSlack);
       got.resize(kernels().probe_csr({bounds.data(), ids.data(), stride, n, k, l}, query.data(),
                                      limit, 500, {counters.data(), staging.data()}, got.data()));
       EXPECT_EQ(got, want) << "CSR n " << n << " limit " << limit;
       EXPECT_TRUE(std::all_of(counters.begin(), counters.end(), [](uint8_t c) { return c == 0; }));
-      got.assign(limit + 1, 0);
+      got.assign(limit + kProbeSlack, 0);
       got.resize(kernels().probe_compact({compact.data(), stride, l}, query.data(), limit, 500,
                                          got.data()));
       EXPECT_EQ(got, want) << "compact n " << n << " limit " << limit;

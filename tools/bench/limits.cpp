@@ -80,9 +80,13 @@ PASSEL_WIDE uint64_t SumRows(const std::byte* rows, size_t bytes, const uint32_t
   return sum[0] + sum[1] + sum[2] + sum[3] + sum[4] + sum[5] + sum[6] + sum[7];
 }
 
+// Sums the cache lines that ids lie in.
 PASSEL_WIDE uint64_t SumLines(const uint16_t* ids, size_t count) {
   Line sum{};
-  for (size_t i = 0; i < count; i += 32) sum += *reinterpret_cast<const Line*>(ids + i);
+  const auto* line =
+      reinterpret_cast<const std::byte*>(reinterpret_cast<uintptr_t>(ids) & ~uintptr_t{63});
+  const auto* end = reinterpret_cast<const std::byte*>(ids + count);
+  for (; line < end; line += 64) sum += *reinterpret_cast<const Line*>(line);
   return sum[0] + sum[1] + sum[2] + sum[3] + sum[4] + sum[5] + sum[6] + sum[7];
 }
 
@@ -218,7 +222,7 @@ double Limits::Sequential(Crew& crew, host::KvType type, const std::function<voi
 }
 
 double Limits::Gather(Crew& crew, host::KvType type) {
-  constexpr size_t kAhead = 12;
+  constexpr size_t kAhead = 24;
   std::atomic<size_t> next{0};
   return crew.Run([&](uint32_t) {
     for (size_t i = next++; i < tasks_.size(); i = next++) {
@@ -226,9 +230,10 @@ double Limits::Gather(Crew& crew, host::KvType type) {
       uint64_t sum = 0;
       for (size_t b = 0; b < task.buckets.size(); ++b) {
         const Span& ahead = task.buckets[std::min(b + kAhead, task.buckets.size() - 1)];
-        for (uint32_t line = 0; line < ahead.count && line < 4 * 32; line += 32) {
-          __builtin_prefetch(ahead.ids + line, 0, 2);
-        }
+        const auto* end = reinterpret_cast<const std::byte*>(ahead.ids + ahead.count);
+        const auto* line = reinterpret_cast<const std::byte*>(
+            reinterpret_cast<uintptr_t>(ahead.ids) & ~uintptr_t{63});
+        for (int j = 0; j < 4 && line < end; ++j, line += 64) __builtin_prefetch(line, 0, 2);
         sum += SumLines(task.buckets[b].ids, task.buckets[b].count);
       }
       sum += SumRows(reinterpret_cast<const std::byte*>(layer_.rows(task.stream)),
