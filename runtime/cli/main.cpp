@@ -13,6 +13,7 @@
 #include "runtime/cli/attend/attend.h"
 #include "runtime/cli/bench.h"
 #include "runtime/cli/doctor/doctor.h"
+#include "runtime/cli/inspect/inspect.h"
 #include "runtime/cli/job_setup.h"
 #include "runtime/cli/version.h"
 #include "runtime/engine/request_io.h"
@@ -104,6 +105,9 @@ int Main(int argc, char** argv) {
   AttendOptions attend_options;
   CLI::App* attend = app.add_subcommand("attend", "Host attention alone, on .npy files");
   AddAttendOptions(attend, &attend_options);
+  std::string model;
+  CLI::App* inspect = app.add_subcommand("inspect", "What a model is, and what of it is served");
+  inspect->add_option("MODEL", model, "A .gguf file or a Hugging Face directory")->required();
   CLI::App* doctor = app.add_subcommand("doctor", "What Passel finds on this machine");
 
   try {
@@ -118,6 +122,7 @@ int Main(int argc, char** argv) {
     if (!StartedByMpirun()) throw Error(ErrorClass::kUsage, job.usage_error);
     return RunJob(&argc, &argv, job, {});
   }
+  if (*inspect) return RunInspect(model, std::cout);
   if (*doctor) return RunDoctor(std::cout);
   if (*attend) return RunAttend(attend_options);
   return RunJob(&argc, &argv, job, [&](const engine::Job& j, const Tokenizer& tokenizer) {
