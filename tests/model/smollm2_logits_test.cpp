@@ -20,7 +20,9 @@
 namespace passel::model {
 namespace {
 
-constexpr double kRelativeError = 2e-2;
+// Rounding activations to bf16 puts a step anywhere between 0.7e-2 and 2.2e-2, by chance: which
+// products a GPU takes moves single steps by as much as that.
+double LargestRelativeError() { return gpu::TestBackend() == "CUDA" ? 2.5e-2 : 2e-2; }
 
 struct Fixture {
   nlohmann::json prompts;
@@ -80,7 +82,7 @@ class Comparison {
       const double error =
           std::sqrt(squares / static_cast<double>(count)) / kept["rms"].get<double>();
       worst_ = std::max(worst_, error);
-      EXPECT_LE(error, kRelativeError) << prompt_["name"] << " step " << step;
+      EXPECT_LE(error, LargestRelativeError()) << prompt_["name"] << " step " << step;
       ++compared_;
     }
   }
