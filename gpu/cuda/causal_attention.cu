@@ -1,5 +1,5 @@
 // Causal attention of prefill chunks on the matrix units, in the manner of FlashAttention-2 (Dao
-// 2023): a block takes 64 queries of a head, 16 a warp, and walks the keys in tiles of 64 with an
+// 2023): a block takes 128 queries of a head, 32 a warp, and walks the keys in tiles of 64 with an
 // online softmax. Q and the weights of V are rounded to bf16; sums are float32. Tiles of keys lie
 // at multiples of 64, so a row's bits do not depend on how the prompt was cut into chunks.
 
@@ -11,9 +11,9 @@
 namespace passel::gpu::cuda {
 namespace {
 
-constexpr int kQueries = 64;
 constexpr int kKeys = 64;
-constexpr int kThreads = 128;
+constexpr int kWarps = 4;
+constexpr int kThreads = 32 * kWarps;
 
 struct CausalArgs {
   AttentionShape shape;
@@ -26,9 +26,11 @@ __device__ inline uint32_t PackBf16(float low, float high) {
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
-// Shared memory of a block: rows padded by 16 bytes, so that ldmatrix meets no bank twice.
-template <int kDim>
+// kRowTiles: groups of 16 queries of a warp; a tile of keys read from shared memory serves them
+// all. Shared memory of a block: rows padded by 16 bytes, so that ldmatrix meets no bank twice.
+template <int kDim, int kRowTiles>
 struct Layout {
+  static constexpr int kQueries = 16 * kWarps * kRowTiles;
   static constexpr int kStages = kDim <= 128 ? 2 : 1;
   static constexpr int kStride = kDim + 8;
   static constexpr size_t kBytes =
@@ -36,7 +38,7 @@ struct Layout {
 };
 
 // Keys [first, first + kKeys) of one KV head to shared memory; zeros beyond `end` and head_dim.
-template <int kDim>
+template <int kDim, int kStride>
 __device__ inline void LoadKeys(__nv_bfloat16* shared, const Tensor& t, int64_t first, int64_t end,
                                 int64_t col, int32_t head_dim) {
   constexpr int kChunks = kDim / 8;
@@ -45,15 +47,16 @@ __device__ inline void LoadKeys(__nv_bfloat16* shared, const Tensor& t, int64_t 
   for (int i = threadIdx.x; i < kKeys * kChunks; i += kThreads) {
     const int row = i / kChunks, chunk = i % kChunks * 8;
     const bool inside = first + row < end && chunk < head_dim;
-    CopyAsync16(shared + row * Layout<kDim>::kStride + chunk,
+    CopyAsync16(shared + row * kStride + chunk,
                 inside ? base + (first + row) * t.stride + col + chunk : base, inside);
   }
 }
 
 // kDim: head_dim, padded.
-template <int kDim>
+template <int kDim, int kRowTiles>
 __global__ void __launch_bounds__(kThreads) CausalKernel(CausalArgs a) {
-  constexpr int kStride = Layout<kDim>::kStride, kStages = Layout<kDim>::kStages;
+  using L = Layout<kDim, kRowTiles>;
+  constexpr int kStride = L::kStride, kStages = L::kStages, kQueries = L::kQueries;
   extern __shared__ __align__(16) __nv_bfloat16 shared[];
   __nv_bfloat16* q_tile = shared;
   __nv_bfloat16* k_tiles = q_tile + kQueries * kStride;
@@ -79,19 +82,23 @@ __global__ void __launch_bounds__(kThreads) CausalKernel(CausalArgs a) {
   }
   const auto load = [&](int64_t tile) {
     const int64_t stage = tile % kStages * kKeys * kStride;
-    LoadKeys<kDim>(k_tiles + stage, a.k, tile * kKeys, key_end, kv_col, head_dim);
-    LoadKeys<kDim>(v_tiles + stage, a.v, tile * kKeys, key_end, kv_col, head_dim);
+    LoadKeys<kDim, kStride>(k_tiles + stage, a.k, tile * kKeys, key_end, kv_col, head_dim);
+    LoadKeys<kDim, kStride>(v_tiles + stage, a.v, tile * kKeys, key_end, kv_col, head_dim);
     CommitCopies();
   };
   if (kStages == 2) load(tile_begin);
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const __nv_bfloat16* q_row = q_tile + (warp * 16 + lane % 16) * kStride + lane / 16 * 8;
-  // This lane's two rows: of the query tile and as positions.
-  const int64_t rows[2] = {first + warp * 16 + lane / 4, first + warp * 16 + lane / 4 + 8};
+  const int64_t warp_first = first + warp * 16 * kRowTiles;
+  const __nv_bfloat16* q_row =
+      q_tile + (warp * 16 * kRowTiles + lane % 16) * kStride + lane / 16 * 8;
+  // This lane has rows lane / 4 and lane / 4 + 8 of each group of 16.
+  const auto row_of = [&](int m, int r) { return warp_first + m * 16 + lane / 4 + r * 8; };
   const float scale = a.shape.scale * 1.44269504f;  // the exponentials are to base 2
-  float out[kDim / 8][4] = {};
-  float max[2] = {-INFINITY, -INFINITY}, den[2] = {0, 0};
+  float out[kRowTiles][kDim / 8][4] = {};
+  float max[kRowTiles][2], den[kRowTiles][2] = {};
+#pragma unroll
+  for (int m = 0; m < kRowTiles; ++m) max[m][0] = max[m][1] = -INFINITY;
 
   for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
     if (kStages == 1) {
@@ -107,106 +114,152 @@ __global__ void __launch_bounds__(kThreads) CausalKernel(CausalArgs a) {
     const __nv_bfloat16* k_tile = k_tiles + tile % kStages * kKeys * kStride;
     const __nv_bfloat16* v_tile = v_tiles + tile % kStages * kKeys * kStride;
 
-    float s[kKeys / 8][4] = {};
+    const int64_t key = tile * kKeys;
+    // Keys that all queries of this warp come before are for other warps.
+    if (key <= a.start + warp_first + 16 * kRowTiles - 1) {
+      float s[kRowTiles][kKeys / 8][4] = {};
 #pragma unroll
-    for (int d = 0; d < kDim; d += 16) {
-      uint32_t q[4];
-      LoadTiles(q, q_row + d);
+      for (int d = 0; d < kDim; d += 16) {
+        uint32_t q[kRowTiles][4];
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) LoadTiles(q[m], q_row + m * 16 * kStride + d);
+#pragma unroll
+        for (int n = 0; n < kKeys / 16; ++n) {
+          uint32_t k[4];
+          LoadTiles(k,
+                    k_tile + (n * 16 + lane % 8 + lane / 16 * 8) * kStride + d + lane / 8 % 2 * 8);
+#pragma unroll
+          for (int m = 0; m < kRowTiles; ++m) {
+            MultiplyAdd(s[m][2 * n], q[m], k[0], k[1]);
+            MultiplyAdd(s[m][2 * n + 1], q[m], k[2], k[3]);
+          }
+        }
+      }
+
+      const bool edge = key + kKeys - 1 > a.start + warp_first ||
+                        (a.window > 0 && key <= a.start + last - a.window);
+      if (edge) {
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+          for (int n = 0; n < kKeys / 8; ++n) {
+#pragma unroll
+            for (int c = 0; c < 4; ++c) {
+              const int64_t at = key + n * 8 + lane % 4 * 2 + c % 2;
+              const int64_t position = a.start + row_of(m, c / 2);
+              if (at > position || (a.window > 0 && at <= position - a.window)) {
+                s[m][n][c] = -INFINITY;
+              }
+            }
+          }
+        }
+      }
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          float new_max = max[m][r];
+#pragma unroll
+          for (int n = 0; n < kKeys / 8; ++n) {
+            new_max = fmaxf(new_max, fmaxf(s[m][n][2 * r], s[m][n][2 * r + 1]));
+          }
+          new_max = fmaxf(new_max, __shfl_xor_sync(0xffffffffu, new_max, 1));
+          new_max = fmaxf(new_max, __shfl_xor_sync(0xffffffffu, new_max, 2));
+          // A row that has seen no key yet: any finite maximum keeps its weights 0.
+          const float base = new_max == -INFINITY ? 0.0f : new_max * scale;
+          const float shrink = exp2f(max[m][r] * scale - base);
+          max[m][r] = new_max;
+          den[m][r] *= shrink;
+#pragma unroll
+          for (int n = 0; n < kKeys / 8; ++n) {
+#pragma unroll
+            for (int c = 2 * r; c < 2 * r + 2; ++c) {
+              s[m][n][c] = exp2f(fmaf(s[m][n][c], scale, -base));
+              den[m][r] += s[m][n][c];
+            }
+          }
+#pragma unroll
+          for (int d = 0; d < kDim / 8; ++d) {
+            out[m][d][2 * r] *= shrink;
+            out[m][d][2 * r + 1] *= shrink;
+          }
+        }
+      }
+
 #pragma unroll
       for (int n = 0; n < kKeys / 16; ++n) {
-        uint32_t k[4];
-        LoadTiles(k, k_tile + (n * 16 + lane % 8 + lane / 16 * 8) * kStride + d + lane / 8 % 2 * 8);
-        MultiplyAdd(s[2 * n], q, k[0], k[1]);
-        MultiplyAdd(s[2 * n + 1], q, k[2], k[3]);
-      }
-    }
-
-    const int64_t key = tile * kKeys;
-    const bool edge =
-        key + kKeys - 1 > a.start + first || (a.window > 0 && key <= a.start + last - a.window);
-    if (edge) {
+        uint32_t p[kRowTiles][4];
 #pragma unroll
-      for (int n = 0; n < kKeys / 8; ++n) {
+        for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          const int64_t at = key + n * 8 + lane % 4 * 2 + c % 2;
-          const int64_t position = a.start + rows[c / 2];
-          if (at > position || (a.window > 0 && at <= position - a.window)) s[n][c] = -INFINITY;
+          for (int i = 0; i < 4; ++i) {
+            const float* pair = &s[m][2 * n + i / 2][i % 2 * 2];
+            p[m][i] = PackBf16(pair[0], pair[1]);
+          }
         }
-      }
-    }
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float new_max = max[r];
+        for (int d = 0; d < kDim / 16; ++d) {
+          uint32_t v[4];
+          LoadTilesTransposed(v, v_tile + (n * 16 + lane % 16) * kStride + d * 16 + lane / 16 * 8);
 #pragma unroll
-      for (int n = 0; n < kKeys / 8; ++n) {
-        new_max = fmaxf(new_max, fmaxf(s[n][2 * r], s[n][2 * r + 1]));
-      }
-      new_max = fmaxf(new_max, __shfl_xor_sync(0xffffffffu, new_max, 1));
-      new_max = fmaxf(new_max, __shfl_xor_sync(0xffffffffu, new_max, 2));
-      // A row that has seen no key yet: any finite maximum keeps its weights 0.
-      const float base = new_max == -INFINITY ? 0.0f : new_max * scale;
-      const float shrink = exp2f(max[r] * scale - base);
-      max[r] = new_max;
-      den[r] *= shrink;
-#pragma unroll
-      for (int n = 0; n < kKeys / 8; ++n) {
-#pragma unroll
-        for (int c = 2 * r; c < 2 * r + 2; ++c) {
-          s[n][c] = exp2f(fmaf(s[n][c], scale, -base));
-          den[r] += s[n][c];
+          for (int m = 0; m < kRowTiles; ++m) {
+            MultiplyAdd(out[m][2 * d], p[m], v[0], v[1]);
+            MultiplyAdd(out[m][2 * d + 1], p[m], v[2], v[3]);
+          }
         }
-      }
-#pragma unroll
-      for (int d = 0; d < kDim / 8; ++d) {
-        out[d][2 * r] *= shrink;
-        out[d][2 * r + 1] *= shrink;
-      }
-    }
-
-#pragma unroll
-    for (int n = 0; n < kKeys / 16; ++n) {
-      const uint32_t p[4] = {PackBf16(s[2 * n][0], s[2 * n][1]), PackBf16(s[2 * n][2], s[2 * n][3]),
-                             PackBf16(s[2 * n + 1][0], s[2 * n + 1][1]),
-                             PackBf16(s[2 * n + 1][2], s[2 * n + 1][3])};
-#pragma unroll
-      for (int d = 0; d < kDim / 16; ++d) {
-        uint32_t v[4];
-        LoadTilesTransposed(v, v_tile + (n * 16 + lane % 16) * kStride + d * 16 + lane / 16 * 8);
-        MultiplyAdd(out[2 * d], p, v[0], v[1]);
-        MultiplyAdd(out[2 * d + 1], p, v[2], v[3]);
       }
     }
     __syncthreads();  // before the next copies overwrite what was read here
   }
 
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    den[r] += __shfl_xor_sync(0xffffffffu, den[r], 1);
-    den[r] += __shfl_xor_sync(0xffffffffu, den[r], 2);
-    if (rows[r] >= a.q.rows) continue;
-    const float inverse = 1.0f / den[r];
+  for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
-    for (int d = 0; d < kDim / 8; ++d) {
+    for (int r = 0; r < 2; ++r) {
+      den[m][r] += __shfl_xor_sync(0xffffffffu, den[m][r], 1);
+      den[m][r] += __shfl_xor_sync(0xffffffffu, den[m][r], 2);
+      const int64_t row = row_of(m, r);
+      if (row >= a.q.rows) continue;
+      const float inverse = 1.0f / den[m][r];
 #pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const int col = d * 8 + lane % 4 * 2 + c;
-        if (col < head_dim) StoreElement(a.out, rows[r], q_col + col, out[d][2 * r + c] * inverse);
+      for (int d = 0; d < kDim / 8; ++d) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const int col = d * 8 + lane % 4 * 2 + c;
+          if (col < head_dim) {
+            StoreElement(a.out, row, q_col + col, out[m][d][2 * r + c] * inverse);
+          }
+        }
       }
     }
   }
 }
 
-template <int kDim>
+template <int kDim, int kRowTiles>
 void Launch(cudaStream_t stream, const CausalArgs& args) {
-  constexpr size_t kBytes = Layout<kDim>::kBytes;
-  CheckCuda(cudaFuncSetAttribute(CausalKernel<kDim>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(kBytes)),
+  using L = Layout<kDim, kRowTiles>;
+  CheckCuda(cudaFuncSetAttribute(CausalKernel<kDim, kRowTiles>,
+                                 cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(L::kBytes)),
             "cudaFuncSetAttribute");
-  const dim3 grid(static_cast<unsigned>((args.q.rows + kQueries - 1) / kQueries),
+  const dim3 grid(static_cast<unsigned>((args.q.rows + L::kQueries - 1) / L::kQueries),
                   static_cast<unsigned>(args.shape.heads));
-  CausalKernel<kDim><<<grid, kThreads, kBytes, stream>>>(args);
+  CausalKernel<kDim, kRowTiles><<<grid, kThreads, L::kBytes, stream>>>(args);
   CheckCuda(cudaGetLastError(), "launch of CausalAttention");
+}
+
+// As many queries a warp as registers and this GPU's shared memory allow.
+template <int kDim>
+void LaunchLargest(cudaStream_t stream, const CausalArgs& args) {
+  int device = 0, shared = 0;
+  CheckCuda(cudaGetDevice(&device), "cudaGetDevice");
+  CheckCuda(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+            "cudaDeviceGetAttribute");
+  if constexpr (kDim <= 128) {
+    if (Layout<kDim, 2>::kBytes <= static_cast<size_t>(shared))
+      return Launch<kDim, 2>(stream, args);
+  }
+  Launch<kDim, 1>(stream, args);
 }
 
 }  // namespace
@@ -216,11 +269,11 @@ void LaunchCausalAttention(cudaStream_t stream, const AttentionShape& shape, Ten
   if (q.rows == 0) return;
   const CausalArgs args{shape, q, k, v, out, start, window};
   const int32_t dim = shape.head_dim;
-  if (dim <= 32) return Launch<32>(stream, args);
-  if (dim <= 64) return Launch<64>(stream, args);
-  if (dim <= 96) return Launch<96>(stream, args);
-  if (dim <= 128) return Launch<128>(stream, args);
-  return Launch<256>(stream, args);
+  if (dim <= 32) return LaunchLargest<32>(stream, args);
+  if (dim <= 64) return LaunchLargest<64>(stream, args);
+  if (dim <= 96) return LaunchLargest<96>(stream, args);
+  if (dim <= 128) return LaunchLargest<128>(stream, args);
+  return LaunchLargest<256>(stream, args);
 }
 
 }  // namespace passel::gpu::cuda
