@@ -21,8 +21,8 @@ enum class ErrorClass : int {
 // shown to the user as it is. Set-up code throws it; hot paths return a status instead.
 class Error : public std::runtime_error {
  public:
-  Error(ErrorClass error_class, const std::string& message)
-      : std::runtime_error(message), class_(error_class) {}
+  // A very long message, which quotes what a file has, is cut in its middle.
+  Error(ErrorClass error_class, const std::string& message);
 
   ErrorClass error_class() const { return class_; }
   int exit_code() const { return static_cast<int>(class_); }

@@ -51,5 +51,18 @@ TEST(StrongId, ComparesAndHashesByValue) {
   static_assert(!std::is_convertible_v<RankId, RequestId>);
 }
 
+TEST(Error, CutsLongMessagesInTheMiddle) {
+  std::string message = "file: field: is \"";
+  for (int i = 0; i < 5000; ++i) message += "é";
+  message += "\"; expected less";
+  const std::string what = Error(ErrorClass::kModel, message).what();
+  EXPECT_LE(what.size(), 2010u);
+  EXPECT_TRUE(what.starts_with("file: field: is \"é"));
+  EXPECT_TRUE(what.ends_with("é\"; expected less"));
+  EXPECT_NE(what.find("é […] é"), std::string::npos);
+  const std::string kept(2000, 'x');
+  EXPECT_EQ(Error(ErrorClass::kModel, kept).what(), kept);
+}
+
 }  // namespace
 }  // namespace passel
