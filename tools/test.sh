@@ -2,10 +2,11 @@
 # Everything a change must pass, in the order of what fails fastest. Stops at the first failure.
 #
 #   PASSEL_TEST_STEPS="release asan"   runs only the named steps (default: all)
+#   PASSEL_FUZZ_SECONDS=60             how long each parser is fuzzed (default: 20)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-steps=${PASSEL_TEST_STEPS-"format release asan tsan nocuda"}
+steps=${PASSEL_TEST_STEPS-"format release asan tsan fuzz nocuda"}
 jobs=$(nproc)
 source tools/lib.sh
 # Open MPI refuses root unless told twice.
@@ -52,6 +53,19 @@ if wants tsan; then
   UCX_MEM_EVENTS=n \
     TSAN_OPTIONS="halt_on_error=1 second_deadlock_stack=1" \
     ctest --preset tsan --no-tests=error
+fi
+
+if wants fuzz; then
+  say "fuzzing the parsers of model files"
+  build fuzz fuzz_targets
+  build/fuzz/tests/fuzz/make_fuzz_corpus build/fuzz/corpus
+  for parser in gguf safetensors config_json tokenizer_json; do
+    # What was found in earlier runs is kept beside the corpus and goes on from there.
+    mkdir -p "build/fuzz/found/$parser"
+    "build/fuzz/tests/fuzz/fuzz_$parser" -max_total_time="${PASSEL_FUZZ_SECONDS-20}" -timeout=10 \
+      -rss_limit_mb=1024 -max_len=16384 -print_final_stats=1 -verbosity=0 \
+      -artifact_prefix="build/fuzz/$parser-" "build/fuzz/found/$parser" "build/fuzz/corpus/$parser"
+  done
 fi
 
 if wants nocuda; then

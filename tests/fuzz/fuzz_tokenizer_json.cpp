@@ -1,0 +1,20 @@
+// A tokenizer.json, and the tokenizer it makes.
+
+#include "runtime/model/tokenizer_json.h"
+#include "tests/fuzz/fuzz_file.h"
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  using namespace passel;
+  const FuzzFile input(data, size);
+  Survives([&] {
+    TokenizerData tokens;
+    const model::TokenizerJson json(input.path(), 1 << 12, tokens);
+    tokens.add_bos = json.TemplateBeginsWith("<s>") && json.IdOf("<s>") >= 0;
+    tokens.bos = json.IdOf("<s>");
+    const auto tokenizer = Tokenizer::Make(tokens);
+    for (const int32_t id : tokenizer->Encode("abc a<s> \u00e9\xff</s>", true)) {
+      tokenizer->TokenBytes(id, true);
+    }
+  });
+  return 0;
+}
