@@ -35,11 +35,11 @@ class NcclCollectives final : public Collectives {
   void AllGather(std::span<const float> in, std::span<const size_t> counts,
                  std::span<float> out) override;
   void Broadcast(std::span<std::byte> host_data, int root) override;
+  void ThrowIfFailed() override;
 
  private:
   // Waits, up to the time-out, until a call on the non-blocking communicator is through.
   void Finish(ncclResult_t code, const char* call);
-  void ThrowIfFailed();
   // Notes that work was issued, for the watchdog to follow.
   void Watch();
   void WatchdogLoop(const std::stop_token& stop);

@@ -160,6 +160,7 @@ void ModelRank::Emit(std::span<Sequence* const> sequences, const gpu::Tensor& ro
   const std::span<int32_t> best(static_cast<int32_t*>(best_ids_->data()), sequences.size());
   device_.ArgMax(rows, best);
   device_.Record()->Wait();
+  collectives_.ThrowIfFailed();
   for (size_t i = 0; i < sequences.size(); ++i) {
     const std::span<float> row(static_cast<float*>(logits_row_->data()),
                                static_cast<size_t>(job_.model.vocab));

@@ -61,12 +61,13 @@ TEST_F(Nccl, WatchdogEndsWhatTakesTooLong) {
   nccl->AllReduceSum(data);
   std::this_thread::sleep_for(milliseconds(1000));
   try {
-    nccl->AllReduceSum(data);
+    nccl->ThrowIfFailed();
     FAIL() << "the collective went on";
   } catch (const Error& e) {
     EXPECT_EQ(e.error_class(), ErrorClass::kCluster);
     EXPECT_NE(std::string(e.what()).find("200 ms"), std::string::npos) << e.what();
   }
+  EXPECT_THROW(nccl->AllReduceSum(data), Error);
 }
 
 }  // namespace
