@@ -26,8 +26,8 @@ class Collectives {
                          std::span<float> out) = 0;
   // Host memory, from `root` to all: step plans and sampled tokens.
   virtual void Broadcast(std::span<std::byte> host_data, int root) = 0;
-  // Throws Error{kCluster} where an operation issued before has failed since. To be asked before what
-  // device work led to is believed: device memory then holds anything.
+  // Throws Error{kCluster} where an operation issued before has failed since. To be asked before
+  // what device work led to is believed: device memory then holds anything.
   virtual void ThrowIfFailed() {}
 };
 
