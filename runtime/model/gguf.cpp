@@ -285,6 +285,16 @@ class GgufParser {
 
 GgufFile::GgufFile(const std::string& path) : file_(path) { GgufParser(*this).Parse(); }
 
+void GgufFile::Append(GgufFile part) {
+  for (const auto& [name, tensor] : part.tensors_) {
+    if (!tensors_.emplace(name, tensor).second) {
+      part.Fail(fmt::format("tensor '{}'", name), "is in an earlier file too; expected it once");
+    }
+  }
+  tensor_bytes_ += part.tensor_bytes_;
+  parts_.push_back(std::move(part.file_));
+}
+
 void GgufFile::Fail(std::string_view field, const std::string& what) const {
   throw Error(ErrorClass::kModel, fmt::format("{}: {}: {}", path(), field, what));
 }

@@ -33,6 +33,10 @@ class GgufFile {
   // Throws Error{kModel} naming the file, the field and what was expected.
   explicit GgufFile(const std::string& path);
 
+  // Takes the tensors of another part of a split model, whose metadata is dropped. Throws
+  // Error{kModel} where one is in both.
+  void Append(GgufFile part);
+
   const std::string& path() const { return file_.path(); }
   const std::map<std::string, GgufTensor, std::less<>>& tensors() const { return tensors_; }
   uint64_t tensor_bytes() const { return tensor_bytes_; }
@@ -60,6 +64,7 @@ class GgufFile {
   const T& Get(std::string_view key, std::string_view type_name) const;
 
   MappedFile file_;
+  std::vector<MappedFile> parts_;  // what appended tensors lie in
   std::map<std::string, GgufValue, std::less<>> values_;
   std::map<std::string, GgufTensor, std::less<>> tensors_;
   uint64_t tensor_bytes_ = 0;
