@@ -201,7 +201,7 @@ std::vector<RankInfo> Launch::AssignRoles(uint32_t model_ranks, std::optional<Ro
   return ranks;
 }
 
-uint64_t Launch::Exchange(std::vector<RankInfo>& ranks, uint64_t memory_bytes,
+uint64_t Launch::Exchange(std::vector<RankInfo>& ranks, uint32_t threads, uint64_t memory_bytes,
                           std::span<const std::byte> address) {
   Check(ranks.size() == static_cast<size_t>(impl_->size), "Exchange follows AssignRoles");
   Check(address.size() <= kMaxAddressBytes, "a worker address of at most 64 KiB");
@@ -209,8 +209,9 @@ uint64_t Launch::Exchange(std::vector<RankInfo>& ranks, uint64_t memory_bytes,
     uint64_t memory_bytes;
     uint64_t address_bytes;
     uint64_t nonce;  // of rank 0
+    uint64_t threads;
   };
-  Sizes mine{memory_bytes, address.size(), 0};
+  Sizes mine{memory_bytes, address.size(), 0, threads};
   if (impl_->rank == 0) {
     std::random_device random;
     while (mine.nonce == 0) mine.nonce = (uint64_t{random()} << 32) | random();
@@ -229,6 +230,7 @@ uint64_t Launch::Exchange(std::vector<RankInfo>& ranks, uint64_t memory_bytes,
   WaitMpi(&request, "MPI_Iallgather");
   for (size_t r = 0; r < all.size(); ++r) {
     ranks[r].memory_bytes = all[r].memory_bytes;
+    ranks[r].threads = static_cast<uint32_t>(all[r].threads);
     const auto* begin = addresses.data() + r * longest;
     ranks[r].address.assign(begin, begin + all[r].address_bytes);
   }

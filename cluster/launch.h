@@ -24,6 +24,7 @@ struct RankInfo {
   std::string node;    // host name
   int64_t pid = 0;
   uint32_t node_host_ranks = 0;    // host ranks on the same node
+  uint32_t threads = 0;            // that compute or communicate
   uint64_t memory_bytes = 0;       // budget: KV and tables (host), device memory (model)
   std::vector<std::byte> address;  // of its UCX worker
 };
@@ -58,11 +59,12 @@ class Launch {
   // Agree) Error{kCluster} where the world is too small, Error{kUsage} where the ranks' config
   // hashes differ or --role is not on every rank, and names them. World rank 0 is always a model
   // rank: with --role, model ranks come first.
-  // Fills everything of RankInfo but memory_bytes and address.
+  // Fills everything of RankInfo but threads, memory_bytes and address.
   std::vector<RankInfo> AssignRoles(uint32_t model_ranks, std::optional<Role> role,
                                     uint64_t config_hash);
-  // Gathers memory_bytes and address from every rank into `ranks`, and a nonce that rank 0 drew.
-  uint64_t Exchange(std::vector<RankInfo>& ranks, uint64_t memory_bytes,
+  // Gathers threads, memory_bytes and address from every rank into `ranks`, and a nonce that rank 0
+  // drew.
+  uint64_t Exchange(std::vector<RankInfo>& ranks, uint32_t threads, uint64_t memory_bytes,
                     std::span<const std::byte> address);
 
   // Collectives of the model ranks; null on host ranks. Every rank must call it.

@@ -139,6 +139,10 @@ std::string AffinityWarning(const Machine& machine, uint32_t wanted_threads,
       wanted_threads == 0 ? "its share would be" : "it wants threads for", wanted);
 }
 
+std::chrono::microseconds SpinTime(const Machine& machine, uint32_t node_threads) {
+  return std::chrono::microseconds(node_threads <= machine.cpus_in_mask ? 2000 : 20);
+}
+
 uint64_t HostMemoryBudget(const config::Host& host, const Machine& machine,
                           uint32_t node_host_ranks) {
   const uint64_t ranks = std::max(1u, node_host_ranks);

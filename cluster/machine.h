@@ -1,5 +1,6 @@
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -34,6 +35,12 @@ Machine ReadMachine();
 // well. Open MPI binds each rank to one core where a job has one or two.
 std::string AffinityWarning(const Machine& machine, uint32_t wanted_threads,
                             uint32_t ranks_on_node);
+
+// How long a thread with nothing to do looks for work before it sleeps, where `node_threads`
+// threads of all ranks share the node: long where each has a CPU of its own, since being woken
+// costs tens of microseconds several times a layer; short where a waiting thread keeps another from
+// its work.
+std::chrono::microseconds SpinTime(const Machine& machine, uint32_t node_threads);
 
 // Memory budget of a host rank for KV cache and tables (config.proto: host.memory_bytes), where
 // `node_host_ranks` host ranks share the node. Throws Error{kMemory} where the budgets of the node

@@ -112,7 +112,7 @@ struct HostAttention::Impl {
 HostAttention::HostAttention(const Options& options) {
   CheckOptions(options);
   impl_ = std::make_unique<Impl>(options);
-  impl_->pool = std::make_unique<Pool>(options.threads, options.pin_threads);
+  impl_->pool = std::make_unique<Pool>(options.threads, options.pin_threads, options.spin);
 }
 
 HostAttention::~HostAttention() {

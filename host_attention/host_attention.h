@@ -1,6 +1,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -33,6 +34,7 @@ struct Options {
   uint64_t seed = 0;              // ORACLE_SAMPLE
   double budget = 0.02;           // TOPK, ORACLE_SAMPLE: tokens taken, as a fraction of a segment's
   bool pin_threads = false;       // one core each; only where no other rank shares the cores
+  std::chrono::microseconds spin{0};  // for which an idle thread looks for work before it sleeps
 };
 
 // A segment: a run of tokens of one (request, layer, KV head) that lives on one host. Token numbers

@@ -70,7 +70,8 @@ struct Pool::Loop {
   std::atomic<size_t> left{0};
 };
 
-Pool::Pool(uint32_t threads, bool pin) : threads_(threads == 0 ? MaskThreads() : threads) {
+Pool::Pool(uint32_t threads, bool pin, std::chrono::microseconds spin)
+    : threads_(threads == 0 ? MaskThreads() : threads), spin_(spin) {
   const auto cores = pin ? std::make_shared<const Cores>() : nullptr;
   for (uint32_t i = 0; i < threads_; ++i) {
     workers_.emplace_back([this, cores, i] {
@@ -119,6 +120,19 @@ bool Pool::Take(Entry* entry) {
   return true;
 }
 
+void Pool::AwaitPush(uint32_t seen) {
+  if (spin_.count() > 0) {
+    const auto asleep = std::chrono::steady_clock::now() + spin_;
+    do {
+      for (int i = 0; i < 64; ++i) {
+        if (pushes_.load(std::memory_order_acquire) != seen) return;
+        __builtin_ia32_pause();
+      }
+    } while (std::chrono::steady_clock::now() < asleep);
+  }
+  pushes_.wait(seen);
+}
+
 void Pool::Work() {
   std::unique_lock lock(mutex_);
   for (;;) {
@@ -127,7 +141,7 @@ void Pool::Work() {
       if (stopping_) return;
       const uint32_t seen = pushes_;
       lock.unlock();
-      pushes_.wait(seen);
+      AwaitPush(seen);
       lock.lock();
       continue;
     }

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
@@ -18,8 +19,9 @@ namespace passel::host {
 // one slice a thread at most. (A TBB arena has no such order between its tasks.)
 class Pool {
  public:
-  // threads: 0 means the affinity mask's; pin: one core each (hwloc).
-  Pool(uint32_t threads, bool pin);
+  // threads: 0 means the affinity mask's; pin: one core each (hwloc); spin: for which a thread
+  // without work looks for some before it sleeps.
+  Pool(uint32_t threads, bool pin, std::chrono::microseconds spin = {});
   // Waits for every posted job.
   ~Pool();
   Pool(const Pool&) = delete;
@@ -43,6 +45,8 @@ class Pool {
     size_t runners = 1;
   };
   void Work();
+  // Until pushes_ is no longer `seen`.
+  void AwaitPush(uint32_t seen);
   void Push(Lane lane, Entry entry);
   // The next job, without what stays in the queue of its entry; false if there is none. Under the
   // mutex.
@@ -50,6 +54,7 @@ class Pool {
   void RunLoop(const std::shared_ptr<Loop>& loop);
 
   uint32_t threads_;
+  std::chrono::microseconds spin_;
   std::mutex mutex_;
   // Changes, under the mutex, with every push. Threads without work sleep on it, not on a condition
   // variable: all that a loop needs are woken by one call, and none has to wait for the mutex to be

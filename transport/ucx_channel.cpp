@@ -26,8 +26,8 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// Polling this often before sleeping costs nothing on free cores and little on shared ones.
-constexpr int kSpins = 200;
+// Polls between two looks at the clock.
+constexpr int kSpins = 32;
 constexpr int kProgressBatch = 16;
 constexpr auto kForcedClose = std::chrono::milliseconds(100);
 
@@ -86,6 +86,7 @@ class Impl final : public UcxChannel {
   PeerState peer_state(RankId rank) const override { return At(rank).state; }
   uint64_t PendingBytes(RankId rank) const override { return At(rank).pending; }
   void Wake() override { wake_.Set(); }
+  void SetSpin(std::chrono::microseconds spin) override { spin_ = spin; }
 
   std::vector<std::byte> address() const override {
     ucp_address_t* address = nullptr;
@@ -145,6 +146,7 @@ class Impl final : public UcxChannel {
   }
 
   RankId self_;
+  std::chrono::microseconds spin_{20};
   FrameGate gate_;
   FrameHandler on_frame_;
   PeerHandler on_lost_;
@@ -320,9 +322,12 @@ void Impl::ProgressUntil(const std::function<bool()>& ended, Clock::time_point d
 }
 
 void Impl::Wait(std::chrono::milliseconds timeout) {
-  for (int i = 0; i < kSpins; ++i) {
-    if (has_work() || wake_.is_set() || ucp_worker_progress(worker_.get()) != 0) return;
-  }
+  const Clock::time_point asleep = Clock::now() + std::min<Clock::duration>(spin_, timeout);
+  do {
+    for (int i = 0; i < kSpins; ++i) {
+      if (has_work() || wake_.is_set() || ucp_worker_progress(worker_.get()) != 0) return;
+    }
+  } while (Clock::now() < asleep);
   const ucs_status_t status = ucp_worker_arm(worker_.get());
   if (status == UCS_ERR_BUSY) return;
   CheckUcx(status, "ucp_worker_arm");

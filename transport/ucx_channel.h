@@ -1,5 +1,6 @@
 #pragma once
 
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <map>
@@ -29,6 +30,8 @@ class UcxChannel : public Channel {
   // The ranks need not call it at the same time.
   virtual void Connect(const std::map<RankId, std::vector<std::byte>>& addresses,
                        uint64_t nonce) = 0;
+  // How long Wait polls before it sleeps; 20 µs where this is not called.
+  virtual void SetSpin(std::chrono::microseconds spin) = 0;
 };
 
 // Initialises UCX and makes a worker. Sets UCX's environment variables where the user has not, so

@@ -93,6 +93,8 @@ void SetUp(cluster::Launch& launch, const JobOptions& options, const WorkMaker& 
   job.self = RankId(launch.world_rank());
 
   uint64_t memory = 0;
+  uint32_t threads = 1;  // the one that communicates
+  const auto or_mask = [&](uint32_t wanted) { return wanted > 0 ? wanted : machine.cpus_in_mask; };
   launch.Agree([&] {
     cluster::DenseLayers(job.config.attention(), static_cast<uint32_t>(job.model.layers));
     // UCX reads its environment before other threads start.
@@ -100,12 +102,18 @@ void SetUp(cluster::Launch& launch, const JobOptions& options, const WorkMaker& 
     if (rank->is_model()) {
       rank->device = MakeDevice(job);
       memory = rank->device->info().memory_bytes;
+      if (rank->device->info().backend == "CPU") threads = or_mask(job.config.gpu().threads());
     } else {
       memory = cluster::HostMemoryBudget(job.config.host(), machine, job.info().node_host_ranks);
+      threads += or_mask(job.config.host().threads());
     }
   });
   const auto address = rank->channel ? rank->channel->address() : std::vector<std::byte>{};
-  const uint64_t nonce = launch.Exchange(job.ranks, memory, address);
+  const uint64_t nonce = launch.Exchange(job.ranks, threads, memory, address);
+  uint32_t node_threads = 0;
+  for (const auto& r : job.ranks) node_threads += r.node == job.info().node ? r.threads : 0;
+  job.spin = cluster::SpinTime(machine, node_threads);
+  if (rank->channel) rank->channel->SetSpin(job.spin);
   rank->collectives = launch.MakeModelCollectives(job.ranks);
   launch.Agree([&] {
     if (!rank->is_model()) return;

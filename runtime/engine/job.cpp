@@ -50,6 +50,7 @@ host::Options Job::host_options(uint64_t memory_bytes) const {
   o.threads = config.host().threads();
   o.deterministic = deterministic();
   o.seed = a.seed();
+  o.spin = spin;
   return o;
 }
 

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -20,6 +21,7 @@ struct Job {
   model::ModelConfig model;
   std::vector<cluster::RankInfo> ranks;  // by world rank
   RankId self;
+  std::chrono::microseconds spin{20};  // for which this rank's idle threads poll before they sleep
 
   const cluster::RankInfo& info() const { return ranks[static_cast<size_t>(self.value)]; }
   std::vector<RankId> RanksOf(cluster::Role role) const;

@@ -169,8 +169,10 @@ TEST(Exchange, EveryRankLearnsAddressesOfAnyLengthAndOneNonce) {
   const auto me = static_cast<size_t>(launch->world_rank());
   const auto length = [](size_t r) { return r == 1 ? 0 : 100 + r * 1000; };
   const std::vector<std::byte> address(length(me), static_cast<std::byte>(me + 1));
-  const uint64_t nonce = launch->Exchange(ranks, (uint64_t{1} << 40) + me, address);
+  const uint64_t nonce =
+      launch->Exchange(ranks, static_cast<uint32_t>(10 + me), (uint64_t{1} << 40) + me, address);
   for (size_t r = 0; r < ranks.size(); ++r) {
+    EXPECT_EQ(ranks[r].threads, 10 + r);
     EXPECT_EQ(ranks[r].memory_bytes, (uint64_t{1} << 40) + r);
     EXPECT_EQ(ranks[r].address, std::vector<std::byte>(length(r), static_cast<std::byte>(r + 1)));
   }
@@ -178,7 +180,7 @@ TEST(Exchange, EveryRankLearnsAddressesOfAnyLengthAndOneNonce) {
   for (const uint64_t other : AllGatherValues(nonce, launch->world_size(), MPI_COMM_WORLD)) {
     EXPECT_EQ(other, nonce);
   }
-  EXPECT_NE(launch->Exchange(ranks, 0, address), nonce);
+  EXPECT_NE(launch->Exchange(ranks, 1, 0, address), nonce);
 }
 
 TEST(Collectives, OfTheModelRanksAlone) {

@@ -45,6 +45,13 @@ TEST(AffinityWarning, WarnsWhereTheMaskIsNarrowerThanTheShare) {
   EXPECT_NE(AffinityWarning(machine, 17, 1), "");
 }
 
+TEST(SpinTime, IsLongWhereEachThreadHasACpu) {
+  Machine machine = SomeMachine();
+  machine.cpus_in_mask = 16;
+  EXPECT_GE(SpinTime(machine, 16), std::chrono::milliseconds(1));
+  EXPECT_LE(SpinTime(machine, 17), std::chrono::microseconds(50));
+}
+
 TEST(HostMemoryBudget, SharesTheNodeAndRefusesMoreThanItHas) {
   const Machine machine = SomeMachine();
   config::Host host;
