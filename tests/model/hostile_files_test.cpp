@@ -2,77 +2,17 @@
 // break a reader, and random damage on top. Each opens, or ends in one Error that names it; never
 // anything else, and soon. Meant to run under the address and undefined behaviour sanitizers.
 
-#include <gtest/gtest.h>
+#include "tests/model/hostile_files.h"
 
-#include <chrono>
-#include <cstdlib>
-#include <filesystem>
-#include <fstream>
+#include <cstring>
 #include <functional>
 
-#include "runtime/base/error.h"
-#include "runtime/base/random.h"
-#include "runtime/model/model_file.h"
 #include "tests/model/tiny_model.h"
 
 namespace passel::model {
 namespace {
 
 using nlohmann::json;
-
-struct Tally {
-  int files = 0, opened = 0, refused = 0;
-  double slowest_s = 0;
-};
-
-// Opens a model and makes its tokenizer, as every command does. An Error must be about the model
-// and name the file or what in it is wrong; what opens must also tokenize.
-void Try(const std::string& path, const std::string& what, Tally& tally) {
-  const auto start = std::chrono::steady_clock::now();
-  ++tally.files;
-  try {
-    const auto file = ModelFile::Open(path);
-    std::vector<float> row(static_cast<size_t>(file->config().hidden));
-    file->Read({WeightKind::kDown, file->config().layers - 1}, 0, 1, 0, 1, row.data());
-    RopeInverseFrequencies(file->config());
-    Tokenizer::Make(file->tokenizer())->Encode("abc a<s>\xff", true);
-    ++tally.opened;
-  } catch (const Error& e) {
-    ++tally.refused;
-    const std::string message = e.what();
-    EXPECT_EQ(e.error_class(), ErrorClass::kModel) << what << ": " << message;
-    EXPECT_TRUE(message.starts_with(path) || message.starts_with("tokenizer: "))
-        << what << ": " << message;
-    EXPECT_LE(message.size(), 2010u) << what;
-  } catch (const std::exception& e) {
-    ADD_FAILURE() << what << ": not an Error: " << e.what();
-  }
-  const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
-  tally.slowest_s = std::max(tally.slowest_s, took.count());
-  EXPECT_LT(took.count(), 20) << what;
-}
-
-void Report(const char* name, const Tally& tally) {
-  std::cout << name << ": " << tally.files << " files, " << tally.opened << " opened, "
-            << tally.refused << " refused, the slowest in " << tally.slowest_s << " s\n";
-}
-
-void WriteFile(const std::string& path, const std::string& content) {
-  std::ofstream file(path, std::ios::binary | std::ios::trunc);
-  file << content;
-  file.close();
-  ASSERT_TRUE(file.good()) << path;
-}
-
-// Twenty thousand files are written: to memory, where the machine has a directory there with room.
-class HostileFiles : public testing::Test {
- protected:
-  static void SetUpTestSuite() {
-    std::error_code error;
-    const auto space = std::filesystem::space("/dev/shm", error);
-    if (!error && space.available > (uint64_t{1} << 30)) ::setenv("TMPDIR", "/dev/shm", 0);
-  }
-};
 
 // A Hugging Face directory whose files are rewritten as the test goes.
 class Directory {
@@ -194,34 +134,6 @@ std::vector<std::string> HostileTexts(const std::string& good) {
   return texts;
 }
 
-std::string Damage(std::string bytes, size_t within, Random& random) {
-  const auto below = [&](size_t n) {
-    return static_cast<size_t>(random.Uniform() * static_cast<double>(n)) % n;
-  };
-  const size_t count = 1 + below(3);
-  for (size_t i = 0; i < count; ++i) {
-    const size_t at = below(std::min(within, bytes.size()));
-    switch (below(5)) {
-      case 0:
-        bytes[at] = static_cast<char>(below(256));
-        break;
-      case 1:
-        bytes[at] = static_cast<char>(bytes[at] ^ (1 << below(8)));
-        break;
-      case 2:
-        bytes.erase(at, 1 + below(9));
-        break;
-      case 3:
-        bytes.insert(at, std::string(1 + below(9), static_cast<char>(below(256))));
-        break;
-      default:
-        bytes.resize(std::max<size_t>(at, 1));
-    }
-    if (bytes.empty()) return "x";
-  }
-  return bytes;
-}
-
 TEST_F(HostileFiles, ConfigJson) {
   const Directory directory;
   Tally tally;
@@ -337,144 +249,6 @@ TEST_F(HostileFiles, ShardIndex) {
     Try(directory.path(), "index " + what, tally);
   });
   Report("index", tally);
-}
-
-// Offsets of the fields of a GGUF file's header, with the size of each, in the order they come.
-class GgufFields {
- public:
-  explicit GgufFields(const std::string& bytes) : bytes_(bytes) {
-    Field(4), Field(4);
-    const uint64_t tensors = Field(8), values = Field(8);
-    for (uint64_t i = 0; i < values; ++i) {
-      Text();
-      Value(static_cast<uint32_t>(Field(4)));
-    }
-    for (uint64_t i = 0; i < tensors; ++i) {
-      Text();
-      const uint64_t dims = Field(4);
-      for (uint64_t d = 0; d < dims; ++d) Field(8);
-      Field(4), Field(8);
-    }
-  }
-  struct Place {
-    size_t at, size;
-  };
-  const std::vector<Place>& places() const { return places_; }
-  size_t header_size() const { return at_; }
-
- private:
-  uint64_t Field(size_t size) {
-    uint64_t value = 0;
-    std::memcpy(&value, bytes_.data() + at_, size);
-    places_.push_back({at_, size});
-    at_ += size;
-    return value;
-  }
-  void Text() { at_ += Field(8); }
-  void Value(uint32_t type) {
-    static constexpr size_t kSizes[] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};
-    if (type == 8) return Text();
-    if (type != 9) {
-      Field(kSizes[type]);
-      return;
-    }
-    const auto element = static_cast<uint32_t>(Field(4));
-    const uint64_t count = Field(8);
-    for (uint64_t i = 0; i < count; ++i) Value(element);
-  }
-
-  const std::string& bytes_;
-  std::vector<Place> places_;
-  size_t at_ = 0;
-};
-
-TEST_F(HostileFiles, GgufHeader) {
-  Tally tally;
-  const TempPath path(".gguf");
-  const auto use = [&](const std::string& bytes, const std::string& what) {
-    WriteFile(path.str(), bytes);
-    Try(path.str(), "gguf " + what, tally);
-  };
-  int opened = 0;
-  Random random(4);
-  for (const bool sentence_piece : {false, true}) {
-    const std::string good = TinyModel::Gguf(sentence_piece).Encode();
-    use(good, "unchanged");
-    ASSERT_GT(tally.opened, opened);
-    const GgufFields fields(good);
-    for (const GgufFields::Place& place : fields.places()) {
-      uint64_t old = 0;
-      std::memcpy(&old, good.data() + place.at, place.size);
-      for (const uint64_t value : {uint64_t{0},
-                                   uint64_t{1},
-                                   uint64_t{9},
-                                   uint64_t{33},
-                                   UINT64_MAX,
-                                   UINT64_MAX - 31,
-                                   uint64_t{1} << 63,
-                                   uint64_t{1} << 62,
-                                   uint64_t{1} << 61,
-                                   (uint64_t{1} << 61) + 1,
-                                   uint64_t{1} << 56,
-                                   uint64_t{1} << 32,
-                                   uint64_t{0x7fffffff},
-                                   uint64_t{0x80000000},
-                                   uint64_t{0xffffffff},
-                                   uint64_t{good.size()},
-                                   old + 1,
-                                   old - 1,
-                                   old + 32,
-                                   old * 2}) {
-        std::string bytes = good;
-        std::memcpy(bytes.data() + place.at, &value, place.size);
-        use(bytes, "field at " + std::to_string(place.at) + " is " + std::to_string(value));
-      }
-    }
-    for (int i = 0; i < 1000; ++i) {
-      use(Damage(good, fields.header_size(), random), "damage " + std::to_string(i));
-    }
-    use(good + "trailing", "trailing bytes");
-    opened = tally.opened;
-  }
-  Report("gguf", tally);
-  EXPECT_GE(tally.files, 6000);
-}
-
-TEST_F(HostileFiles, GgufThatRepeatsOverlapsOrIsVeryLarge) {
-  Tally tally;
-  const TempPath path(".gguf");
-  const auto refused = [&](const GgufWriter& writer, const std::string& what) {
-    const int before = tally.refused;
-    WriteFile(path.str(), writer.Encode());
-    Try(path.str(), what, tally);
-    EXPECT_EQ(tally.refused, before + 1) << what;
-  };
-  GgufWriter twice = TinyModel::Gguf(false);
-  twice.values.push_back(twice.values.front());
-  refused(twice, "a key twice");
-  GgufWriter again = TinyModel::Gguf(false);
-  again.tensors.push_back(again.tensors.front());
-  refused(again, "a tensor twice");
-  GgufWriter overlap = TinyModel::Gguf(false);
-  overlap.tensors[4].offset = overlap.tensors[3].offset + 32;
-  refused(overlap, "an overlap");
-  GgufWriter outside = TinyModel::Gguf(false);
-  outside.tensors[4].offset = uint64_t{1} << 40;
-  refused(outside, "an offset outside the file");
-  GgufWriter nested = TinyModel::Gguf(false);
-  nested.values.push_back(
-      Bytes().Text("x").Put<uint32_t>(9).Put<uint32_t>(9).Put<uint64_t>(1).str());
-  refused(nested, "an array of arrays");
-
-  GgufWriter many = TinyModel::Gguf(false);
-  const std::vector<GgufWriter::Tensor> real = many.tensors;
-  for (int i = 0; i < 1'000'000; ++i) many.tensors.push_back({std::to_string(i), {1}, 0, 0, ""});
-  refused(many, "a million tensors");
-  GgufWriter long_key = TinyModel::Gguf(false);
-  long_key.String(std::string(100'000'001, 'k'), "v");
-  long_key.tensors[0].dims = {0};
-  refused(long_key, "a key of 100 MB");
-  Report("gguf, whole", tally);
 }
 
 TEST_F(HostileFiles, JsonThatIsVeryLarge) {
