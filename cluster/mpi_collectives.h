@@ -17,6 +17,7 @@ class MpiCollectives final : public Collectives {
 
   int rank() const override { return rank_; }
   int size() const override { return size_; }
+  std::string_view name() const override { return "MPI"; }
   // Each rank sums one slice over all ranks, in rank order, and the slices are gathered: 2n
   // elements of traffic a rank whatever the number of ranks, and one order of addition, so the same
   // bits everywhere (MPI_Allreduce promises neither).

@@ -19,6 +19,7 @@ class StagedCollectives final : public Collectives {
 
   int rank() const override { return host_->rank(); }
   int size() const override { return host_->size(); }
+  std::string_view name() const override { return "MPI through host memory"; }
   void AllReduceSum(std::span<float> data) override;
   void AllGather(std::span<const float> in, std::span<const size_t> counts,
                  std::span<float> out) override;

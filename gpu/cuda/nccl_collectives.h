@@ -31,6 +31,7 @@ class NcclCollectives final : public Collectives {
 
   int rank() const override { return host_->rank(); }
   int size() const override { return host_->size(); }
+  std::string_view name() const override { return "NCCL"; }
   void AllReduceSum(std::span<float> data) override;
   void AllGather(std::span<const float> in, std::span<const size_t> counts,
                  std::span<float> out) override;

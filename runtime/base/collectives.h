@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <span>
+#include <string_view>
 
 #include "runtime/base/bf16.h"
 
@@ -18,6 +19,8 @@ class Collectives {
   // 0 … size()-1: the tensor-parallel rank.
   virtual int rank() const = 0;
   virtual int size() const = 0;
+  // What carries them, as users are told: "NCCL", "MPI", …
+  virtual std::string_view name() const = 0;
 
   // Element-wise sum over all ranks, in place, in rank order (the same bits on every rank).
   virtual void AllReduceSum(std::span<float> data) = 0;

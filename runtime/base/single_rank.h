@@ -16,6 +16,7 @@ class SingleRank final : public Collectives {
  public:
   int rank() const override { return 0; }
   int size() const override { return 1; }
+  std::string_view name() const override { return "none"; }
   void AllReduceSum(std::span<float> /*data*/) override {}
   void AllGather(std::span<const float> in, std::span<const size_t> counts,
                  std::span<float> out) override {

@@ -159,11 +159,15 @@ void SetUp(cluster::Launch& launch, const JobOptions& options, const WorkMaker& 
         job.model.sliding_window, job.hosts());
   }
   if (rank->leads() && rank->work.progress) {
-    spdlog::info("{} on {}; {} host ranks{}", rank->file->config().architecture,
-                 rank->device->info().name, job.hosts(),
-                 job.hosts() > 0
-                     ? " over " + rank->channel->Describe(job.RanksOf(Role::kHost).front())
-                     : "");
+    const int model_ranks = rank->collectives->size();
+    spdlog::info(
+        "{} on {}{}; {} host ranks{}", rank->file->config().architecture, rank->device->info().name,
+        model_ranks == 1
+            ? ""
+            : fmt::format(", {} model ranks over {}", model_ranks, rank->collectives->name()),
+        job.hosts(),
+        job.hosts() > 0 ? " over " + rank->channel->Describe(job.RanksOf(Role::kHost).front())
+                        : "");
   }
 }
 

@@ -21,6 +21,7 @@ class BorrowedCollectives final : public Collectives {
   explicit BorrowedCollectives(Collectives& lender) : lender_(lender) {}
   int rank() const override { return lender_.rank(); }
   int size() const override { return lender_.size(); }
+  std::string_view name() const override { return "threads"; }
   void AllReduceSum(std::span<float> data) override { lender_.AllReduceSum(data); }
   void AllGather(std::span<const float> in, std::span<const size_t> counts,
                  std::span<float> out) override {
@@ -66,6 +67,7 @@ class ThreadRanks {
     Rank(ThreadRanks& all, int rank) : all_(all), rank_(rank) {}
     int rank() const override { return rank_; }
     int size() const override { return all_.size_; }
+    std::string_view name() const override { return "threads"; }
 
     void AllReduceSum(std::span<float> data) override {
       all_.floats_[static_cast<size_t>(rank_)] = data;
