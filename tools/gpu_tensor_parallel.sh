@@ -32,13 +32,13 @@ PY
 
 # NAME RANKS MODEL_RANKS SETTINGS…
 one() {
-  local name=$1 ranks=$2 parallel=$3 settings=()
+  local name=$1 ranks=$2 parallel=$3 settings=() input=${INPUT:-$run/in.jsonl}
   shift 3
   for setting in "$@"; do settings+=(--set "$setting"); done
   echo "== $name"
   local_mpirun -np "$ranks" "$passel" run --config configs/local.textproto \
     --set model.path="$model" --set gpu.backend=CUDA --set cluster.model_ranks="$parallel" \
-    "${settings[@]}" -i "$run/in.jsonl" -o "$run/$name.jsonl" --run-dir "$run/$name" \
+    "${settings[@]}" -i "$input" -o "$run/$name.jsonl" --run-dir "$run/$name" \
     2> >(tee "$run/$name.log" >&2)
 }
 by_nccl() {
@@ -77,6 +77,10 @@ local_mpirun -np 2 "$passel" run --config configs/local.textproto --set model.pa
 echo "resumed: $(wc -l <"$run/killed.jsonl") results"
 
 if [[ -n ${making:-} ]]; then wait "$making"; fi
+head -n 2 "$run/in.jsonl" >"$run/two.jsonl"
+INPUT=$run/two.jsonl model=$big one big_t1 1 1
+INPUT=$run/two.jsonl model=$big one big_t2 2 2 && by_nccl big_t2
+python3 tools/gpu_compare.py "$run"/big_{t1,t2}.jsonl
 # NAME RANKS MODEL_RANKS CONTEXTS BATCHES SETTINGS…
 measure() {
   local name=$1 ranks=$2 parallel=$3 contexts=$4 batches=$5 settings=()

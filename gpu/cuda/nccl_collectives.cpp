@@ -1,5 +1,8 @@
 #include "gpu/cuda/nccl_collectives.h"
 
+#include <future>
+#include <memory>
+#include <thread>
 #include <utility>
 
 #include "gpu/cuda/check.h"
@@ -14,6 +17,37 @@ using Clock = std::chrono::steady_clock;
 
 [[noreturn]] void Fail(const std::string& what) {
   throw Error(ErrorClass::kCluster, "NCCL among the model ranks: " + what);
+}
+
+void CheckNccl(ncclResult_t code, const char* call) {
+  if (code == ncclSuccess) return;
+  Fail(std::string(call) + ": " + ncclGetErrorString(code) + " (" + ncclGetLastError(nullptr) +
+       ")");
+}
+
+// Joins the communicator on a thread of its own, so that the wait has an end. A non-blocking
+// communicator would have one too, but starts a thread for every collective: 150 µs each.
+ncclComm_t Join(const ncclUniqueId& id, int rank, int size, std::chrono::milliseconds timeout) {
+  struct Joining {
+    ncclComm_t comm = nullptr;
+    ncclResult_t code = ncclSuccess;
+    std::promise<void> joined;
+  };
+  const auto joining = std::make_shared<Joining>();
+  auto joined = joining->joined.get_future();
+  int gpu = 0;
+  CheckCuda(cudaGetDevice(&gpu), "cudaGetDevice");
+  // Detached: where it does not come back, the process ends without it.
+  std::thread([joining, id, rank, size, gpu] {
+    cudaSetDevice(gpu);
+    joining->code = ncclCommInitRank(&joining->comm, size, id, rank);
+    joining->joined.set_value();
+  }).detach();
+  if (joined.wait_for(timeout) != std::future_status::ready) {
+    Fail("ncclCommInitRank took longer than " + std::to_string(timeout.count()) + " ms");
+  }
+  CheckNccl(joining->code, "ncclCommInitRank");
+  return joining->comm;
 }
 
 }  // namespace
@@ -33,9 +67,7 @@ NcclCollectives::NcclCollectives(Device& device, cudaStream_t stream,
   host_->Broadcast(std::as_writable_bytes(std::span(&code, 1)), 0);
   if (code != ncclSuccess) Fail(std::string("ncclGetUniqueId: ") + ncclGetErrorString(code));
   host_->Broadcast(std::as_writable_bytes(std::span(&id, 1)), 0);
-  ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
-  config.blocking = 0;
-  Finish(ncclCommInitRankConfig(&comm_, size(), id, rank(), &config), "ncclCommInitRankConfig");
+  comm_ = Join(id, rank(), size(), timeout_);
   CheckCuda(cudaEventCreateWithFlags(&issued_, cudaEventDisableTiming), "cudaEventCreate");
   int gpu = 0;
   CheckCuda(cudaGetDevice(&gpu), "cudaGetDevice");
@@ -52,23 +84,6 @@ NcclCollectives::~NcclCollectives() {
     ncclCommAbort(comm_);
   }
   if (issued_ != nullptr) cudaEventDestroy(issued_);
-}
-
-void NcclCollectives::Finish(ncclResult_t code, const char* call) {
-  const auto deadline = Clock::now() + timeout_;
-  while (code == ncclInProgress) {
-    if (Clock::now() > deadline) {
-      Fail(std::string(call) + " took longer than " + std::to_string(timeout_.count()) + " ms");
-    }
-    std::this_thread::sleep_for(std::chrono::microseconds(50));
-    ncclResult_t state = ncclSuccess;
-    code = ncclCommGetAsyncError(comm_, &state);
-    if (code == ncclSuccess) code = state;
-  }
-  if (code != ncclSuccess) {
-    Fail(std::string(call) + ": " + ncclGetErrorString(code) + " (" + ncclGetLastError(comm_) +
-         ")");
-  }
 }
 
 void NcclCollectives::ThrowIfFailed() {
@@ -120,11 +135,11 @@ void NcclCollectives::AllReduceSum(std::span<float> data) {
       gathered_ = MakeDeviceBuffer(nullptr, bytes);
     }
     auto* all = static_cast<float*>(gathered_->data());
-    Finish(ncclAllGather(data.data(), all, data.size(), ncclFloat32, comm_, stream_),
-           "ncclAllGather");
+    CheckNccl(ncclAllGather(data.data(), all, data.size(), ncclFloat32, comm_, stream_),
+              "ncclAllGather");
     LaunchSumRows(stream_, all, size(), static_cast<int64_t>(data.size()), data.data());
   } else {
-    Finish(
+    CheckNccl(
         ncclAllReduce(data.data(), data.data(), data.size(), ncclFloat32, ncclSum, comm_, stream_),
         "ncclAllReduce");
   }
@@ -140,16 +155,15 @@ void NcclCollectives::AllGather(std::span<const float> in, std::span<const size_
             counts[static_cast<size_t>(rank())] == in.size(),
         "AllGather: in, counts and out disagree");
   // Counts may differ by rank, which ncclAllGather does not take.
-  Finish(ncclGroupStart(), "ncclGroupStart");
+  CheckNccl(ncclGroupStart(), "ncclGroupStart");
   float* to = out.data();
   for (int r = 0; r < size(); ++r) {
     const size_t count = counts[static_cast<size_t>(r)];
     const void* from = r == rank() ? static_cast<const void*>(in.data()) : to;
-    const ncclResult_t code = ncclBroadcast(from, to, count, ncclFloat32, r, comm_, stream_);
-    if (code != ncclInProgress) Finish(code, "ncclBroadcast");
+    CheckNccl(ncclBroadcast(from, to, count, ncclFloat32, r, comm_, stream_), "ncclBroadcast");
     to += count;
   }
-  Finish(ncclGroupEnd(), "ncclGroupEnd");
+  CheckNccl(ncclGroupEnd(), "ncclGroupEnd");
   Watch();
 }
 

@@ -39,8 +39,6 @@ class NcclCollectives final : public Collectives {
   void ThrowIfFailed() override;
 
  private:
-  // Waits, up to the time-out, until a call on the non-blocking communicator is through.
-  void Finish(ncclResult_t code, const char* call);
   // Notes that work was issued, for the watchdog to follow.
   void Watch();
   void WatchdogLoop(const std::stop_token& stop);
