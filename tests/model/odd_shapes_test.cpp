@@ -94,7 +94,7 @@ TEST_P(OddShapes, LogitsMatchFloat32OnOneTwoAndThreeRanks) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Models, OddShapes, testing::Values("llama3", "shards", "tied"),
+INSTANTIATE_TEST_SUITE_P(Models, OddShapes, testing::Values("llama3", "shards", "tied", "window"),
                          [](const auto& shape) { return std::string(shape.param); });
 
 }  // namespace

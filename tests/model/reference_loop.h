@@ -1,6 +1,7 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
 #include <memory>
 #include <numeric>
 #include <span>
@@ -11,8 +12,8 @@
 
 namespace passel::model {
 
-// Drives a Transformer the plain way: all KV on the device, exact attention. One rank's part; every
-// rank calls the same.
+// Drives a Transformer the plain way: all KV on the device (of a model with a sliding window, a
+// ring of that many slots), exact attention. One rank's part; every rank calls the same.
 class ReferenceLoop {
  public:
   // Up to `sequences` sequences of up to `max_tokens` tokens.
@@ -61,8 +62,11 @@ class ReferenceLoop {
         const gpu::Tensor v = kv_[static_cast<size_t>(2 * l + 1)];
         device_.Convert(a.k, k.Rows(start, n));
         device_.Convert(a.v, v.Rows(start, n));
-        device_.StoreKv(pages_[sequence][static_cast<size_t>(l)], positions, a.k, a.v);
-        device_.CausalAttention(shape_, a.q, k, v, start, 0, a.attention);
+        const int64_t kept = std::min(n, Window());
+        device_.StoreKv(pages_[sequence][static_cast<size_t>(l)], Slots(start + n - kept, kept),
+                        a.k.Rows(n - kept, kept), a.v.Rows(n - kept, kept));
+        device_.CausalAttention(shape_, a.q, k, v, start, transformer_.config().sliding_window,
+                                a.attention);
         transformer_.AfterAttention(l, a);
       }
     }
@@ -85,9 +89,8 @@ class ReferenceLoop {
       for (size_t i = 0; i < sequences.size(); ++i) {
         const auto& pages = pages_[sequences[i]][static_cast<size_t>(l)];
         const auto row = static_cast<int64_t>(i);
-        device_.StoreKv(pages, std::span(positions).subspan(i, 1), a.k.Rows(row, 1),
-                        a.v.Rows(row, 1));
-        views.push_back({pages, positions[i] + 1});
+        device_.StoreKv(pages, Slots(positions[i], 1), a.k.Rows(row, 1), a.v.Rows(row, 1));
+        views.push_back({pages, std::min(positions[i] + 1, Window())});
       }
       device_.DecodeAttention(a.q, views, partials);
       device_.NormalizePartials(partials, a.attention);
@@ -104,6 +107,16 @@ class ReferenceLoop {
 
  private:
   static constexpr int64_t kChunk = 256;
+
+  int64_t Window() const {
+    const int64_t window = transformer_.config().sliding_window;
+    return window > 0 ? window : std::numeric_limits<int64_t>::max();
+  }
+  std::vector<int64_t> Slots(int64_t first, int64_t n) const {
+    std::vector<int64_t> slots = Iota(first, n);
+    for (int64_t& slot : slots) slot %= Window();
+    return slots;
+  }
 
   static std::vector<int64_t> Iota(int64_t first, int64_t n) {
     std::vector<int64_t> values(static_cast<size_t>(n));
