@@ -11,7 +11,6 @@ packages=(
   libprotobuf-dev protobuf-compiler libspdlog-dev libfmt-dev libcli11-dev nlohmann-json3-dev
   libpcre2-dev libutf8proc-dev
   libgtest-dev libbenchmark-dev
-  clang-16 libclang-rt-16-dev # for the fuzz targets
   clang-format-14 # one version everywhere: others format differently
   python3 python3-pip python3-venv unzip
   "$@"

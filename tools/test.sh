@@ -15,7 +15,8 @@ export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 say() { printf '\n== %s (%d s)\n' "$1" "$SECONDS"; }
 wants() { [[ " $steps " == *" $1 "* ]]; }
 
-./tools/setup.sh
+# clang: for the fuzz targets.
+./tools/setup.sh clang-16 libclang-rt-16-dev
 
 if wants format; then
   say "format"
