@@ -13,14 +13,8 @@ namespace {
 using reference::Codes;
 using reference::Data;
 
-Options MakeOptions(const Data& data, Estimator estimator, uint32_t k, uint32_t l) {
-  Options options;
-  options.estimator = estimator;
-  options.head_dim = data.d;
-  options.group = data.group;
-  options.k = k;
-  options.l = l;
-  options.memory_bytes = uint64_t{1} << 30;
+Options OneThread(const Data& data, Estimator estimator, uint32_t k, uint32_t l) {
+  Options options = reference::MakeOptions(data, estimator, k, l);
   options.threads = 1;
   options.deterministic = true;
   return options;
@@ -90,7 +84,7 @@ TEST(Estimator, LshIsUnbiasedOver200Projections) {
   double sampled = 0;
   for (uint64_t seed = 0; seed < 200; ++seed) {
     const Codes codes = reference::Hash(data, 1000 + seed, k, l);
-    HostAttention host(MakeOptions(data, Estimator::kLsh, k, l));
+    HostAttention host(OneThread(data, Estimator::kLsh, k, l));
     const auto plan = PlanSegments(n, 0, 65536);
     reference::OpenOne(host, plan);
     reference::AppendAll(host, data, &codes, l, plan);
@@ -111,7 +105,7 @@ TEST(Estimator, GeneratedTokensStayUnbiased) {
   double sampled = 0;
   for (uint64_t seed = 0; seed < 200; ++seed) {
     const Codes codes = reference::Hash(data, 5000 + seed, k, l);
-    HostAttention host(MakeOptions(data, Estimator::kLsh, k, l));
+    HostAttention host(OneThread(data, Estimator::kLsh, k, l));
     const auto plan = PlanSegments(prompt, 4000, 65536);
     reference::OpenOne(host, plan);
     reference::AppendAll(host, data, &codes, l, plan, 1);
@@ -131,7 +125,7 @@ TEST(Estimator, OracleSamplingIsUnbiased) {
   const Data data = reference::MakeData(23, n, 32, 1);
   Unbiased unbiased(reference::Attend(data, 0, reference::Range(0, n), 0, 0));
   for (uint64_t seed = 0; seed < 200; ++seed) {
-    Options options = MakeOptions(data, Estimator::kOracleSample, 6, 40);
+    Options options = OneThread(data, Estimator::kOracleSample, 6, 40);
     options.seed = seed;
     HostAttention host(options);
     const auto plan = PlanSegments(n, 0, 65536);
@@ -161,7 +155,7 @@ TEST(Estimator, ParallelKeysHaveWeightOne) {
   }
   std::fill(data.mean.begin(), data.mean.end(), 0.0f);
   const Codes codes = reference::Hash(data, 3, k, l);
-  HostAttention host(MakeOptions(data, Estimator::kLsh, k, l));
+  HostAttention host(OneThread(data, Estimator::kLsh, k, l));
   const auto plan = PlanSegments(n, 0, 65536);
   reference::OpenOne(host, plan);
   reference::AppendAll(host, data, &codes, l, plan);

@@ -18,20 +18,9 @@ using reference::AppendAll;
 using reference::Codes;
 using reference::Data;
 using reference::ItemOf;
+using reference::MakeOptions;
 using reference::OpenOne;
 using reference::Wait;
-
-Options MakeOptions(const Data& data, Estimator estimator, uint32_t k, uint32_t l) {
-  Options options;
-  options.estimator = estimator;
-  options.head_dim = data.d;
-  options.group = data.group;
-  options.k = k;
-  options.l = l;
-  options.memory_bytes = uint64_t{1} << 30;
-  options.threads = 2;
-  return options;
-}
 
 AttendBatch One(const QueryItem& item, bool collect_ids = false) {
   AttendBatch batch;

@@ -152,6 +152,18 @@ double LseError(const Exact& exact, float max, float den) {
   return std::fabs(double(max) + std::log(double(den)) - exact.max - std::log(exact.den));
 }
 
+Options MakeOptions(const Data& data, Estimator estimator, uint32_t k, uint32_t l) {
+  Options options;
+  options.estimator = estimator;
+  options.head_dim = data.d;
+  options.group = data.group;
+  options.k = k;
+  options.l = l;
+  options.memory_bytes = uint64_t{1} << 30;
+  options.threads = 2;
+  return options;
+}
+
 std::vector<PartialItem> Wait(HostAttention& host, AttendBatch batch) {
   std::mutex mutex;
   std::condition_variable arrived;

@@ -51,6 +51,9 @@ long double Inclusion(long double cosine, uint32_t k, uint32_t l);
 double OutputError(const Exact& exact, const float* num, float den);
 double LseError(const Exact& exact, float max, float den);
 
+// For `data`'s shape: 1 GiB, 2 threads.
+Options MakeOptions(const Data& data, Estimator estimator, uint32_t k, uint32_t l);
+
 // A HostAttention call, waited for.
 std::vector<PartialItem> Wait(HostAttention& host, AttendBatch batch);
 
