@@ -10,9 +10,4 @@ SingleThreadedOpenMp::SingleThreadedOpenMp() : threads_before_(omp_get_max_threa
 
 SingleThreadedOpenMp::~SingleThreadedOpenMp() { omp_set_num_threads(threads_before_); }
 
-void Executor::Observer::on_scheduler_entry(bool is_worker) {
-  // The caller of Executor::For has a SingleThreadedOpenMp of its own.
-  if (is_worker) omp_set_num_threads(1);
-}
-
 }  // namespace passel::gpu::cpu

@@ -4,7 +4,6 @@
 #include <oneapi/tbb/info.h>
 #include <oneapi/tbb/parallel_for.h>
 #include <oneapi/tbb/task_arena.h>
-#include <oneapi/tbb/task_scheduler_observer.h>
 
 #include <cstdint>
 
@@ -23,14 +22,12 @@ class SingleThreadedOpenMp {
   int threads_before_;
 };
 
-// The device's threads: an arena of its own, in which every thread runs oneDNN single-threaded.
+// The device's threads: an arena of its own, in which every task runs oneDNN single-threaded.
 // Work is cut the same way whatever their number.
 class Executor {
  public:
   explicit Executor(int32_t threads)
-      : threads_(threads > 0 ? threads : tbb::info::default_concurrency()),
-        arena_(threads_),
-        observer_(arena_) {}
+      : threads_(threads > 0 ? threads : tbb::info::default_concurrency()), arena_(threads_) {}
 
   int threads() const { return threads_; }
 
@@ -46,21 +43,16 @@ class Executor {
     }
     arena_.execute([&] {
       tbb::parallel_for(tbb::blocked_range<int64_t>(0, n, static_cast<size_t>(grain)),
-                        [&](const tbb::blocked_range<int64_t>& r) { f(r.begin(), r.end()); });
+                        [&](const tbb::blocked_range<int64_t>& r) {
+                          const SingleThreadedOpenMp in_task;
+                          f(r.begin(), r.end());
+                        });
     });
   }
 
  private:
-  class Observer : public tbb::task_scheduler_observer {
-   public:
-    explicit Observer(tbb::task_arena& arena) : task_scheduler_observer(arena) { observe(true); }
-    ~Observer() override { observe(false); }
-    void on_scheduler_entry(bool is_worker) override;
-  };
-
   int threads_;
   tbb::task_arena arena_;
-  Observer observer_;
 };
 
 }  // namespace passel::gpu::cpu
