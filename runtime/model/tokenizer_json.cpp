@@ -111,22 +111,16 @@ void TokenizerJson::ReadAddedTokens() {
   if (added == nullptr) return;
   if (!added->is_array()) root_.Fail("added_tokens", "expected an array");
   const std::string where = path_ + ": added_tokens";
-  // Without a normaliser a token is the same before and after.
-  const bool normalizer = root_.Find("normalizer") != nullptr;
   for (const json& entry : *added) {
     const JsonObject token(entry, where);
-    if (token.BoolOr("lstrip", false) || token.BoolOr("rstrip", false) ||
-        token.BoolOr("single_word", false)) {
-      token.Fail("lstrip, rstrip, single_word", "expected false: text is encoded as it is");
-    }
     SetToken("added_tokens", token.Int("id"), token.StringOr("content", ""),
              token.BoolOr("special", false) ? TokenizerData::TokenType::kSpecial
                                             : TokenizerData::TokenType::kAdded);
-    if (normalizer && token.BoolOr("normalized", false)) {
-      data_.normalized_tokens.push_back(token.Int32("id"));
-    }
+    data_.added[token.Int32("id")] = {.normalized = token.BoolOr("normalized", false),
+                                      .lstrip = token.BoolOr("lstrip", false),
+                                      .rstrip = token.BoolOr("rstrip", false),
+                                      .single_word = token.BoolOr("single_word", false)};
   }
-  std::sort(data_.normalized_tokens.begin(), data_.normalized_tokens.end());
 }
 
 void TokenizerJson::ReadMerges(const JsonObject& model) {
@@ -165,9 +159,6 @@ void TokenizerJson::ReadByteLevel() {
       Unserved("normalizer");
     }
     data_.nfc = true;
-  }
-  if (!data_.normalized_tokens.empty()) {
-    root_.Fail("added_tokens", "has a normalised one; expected \"normalized\": false");
   }
   const char* const key = "pre_tokenizer";
   const std::string where = path_ + ": " + key;
@@ -236,6 +227,7 @@ void TokenizerJson::ReadSpaces() {
   const std::vector<const json*> steps = Steps("pre_tokenizer", "pretokenizers");
   if (steps.empty()) {
     if (!replaces) Unserved("normalizer");
+    data_.spaces.normalizes = true;
     return;
   }
   const std::string pre_where = path_ + ": pre_tokenizer";

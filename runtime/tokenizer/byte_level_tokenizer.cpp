@@ -5,9 +5,9 @@
 #include "runtime/tokenizer/bpe.h"
 #include "runtime/tokenizer/byte_alphabet.h"
 #include "runtime/tokenizer/chat_template.h"
-#include "runtime/tokenizer/nfc.h"
 #include "runtime/tokenizer/pre_tokenizer.h"
 #include "runtime/tokenizer/special_tokens.h"
+#include "runtime/tokenizer/unicode.h"
 #include "runtime/tokenizer/utf8.h"
 
 namespace passel {
@@ -20,7 +20,9 @@ class ByteLevelTokenizer final : public Tokenizer {
         words_(data_.pattern.empty()
                    ? PreTokenizer::Make(data_.pre_tokenizer)
                    : PreTokenizer::FromPattern(data_.pattern, data_.split_digits)),
-        special_(SpecialTokens::Of(data_)),
+        added_(SpecialTokens::InText(data_)),
+        normalized_(SpecialTokens::InNormalized(
+            data_, [this](std::string_view token) { return Normalize(token); })),
         chat_(data_) {
     const TokenIds ids = IndexTokens();
     for (int b = 0; b < 256; ++b) {
@@ -37,11 +39,20 @@ class ByteLevelTokenizer final : public Tokenizer {
     if (data_.add_bos && data_.bos >= 0) ids.push_back(data_.bos);
     std::vector<std::string_view> words;
     std::vector<int32_t> symbols;
-    while (!text.empty()) {
-      const SpecialTokens::Match match = special_.Find(text, allow_special);
-      EncodeText(text.substr(0, match.at), words, symbols, ids);
-      if (match.id >= 0) ids.push_back(match.id);
-      text.remove_prefix(match.at + match.size);
+    for (const SpecialTokens::Match& outer : added_.Split(text, allow_special)) {
+      if (outer.id >= 0) {
+        ids.push_back(outer.id);
+        continue;
+      }
+      const std::string normalized = Normalize(text.substr(outer.at, outer.size));
+      for (const SpecialTokens::Match& inner : normalized_.Split(normalized, allow_special)) {
+        if (inner.id >= 0) {
+          ids.push_back(inner.id);
+        } else {
+          EncodeText(std::string_view(normalized).substr(inner.at, inner.size), words, symbols,
+                     ids);
+        }
+      }
     }
     return ids;
   }
@@ -60,6 +71,10 @@ class ByteLevelTokenizer final : public Tokenizer {
   }
 
  private:
+  std::string Normalize(std::string_view text) const {
+    return data_.nfc ? ToNfc(text) : std::string(text);
+  }
+
   // Token text → id; of equal texts the first.
   TokenIds IndexTokens() const {
     TokenIds ids;
@@ -94,18 +109,12 @@ class ByteLevelTokenizer final : public Tokenizer {
   void EncodeText(std::string_view text, std::vector<std::string_view>& words,
                   std::vector<int32_t>& symbols, std::vector<int32_t>& ids) const {
     while (!text.empty()) {
-      size_t run = 0;
-      size_t bad = 0;
-      while (run < text.size() && bad == 0) {
-        const Utf8Step step = NextUtf8(text.substr(run));
-        (step.kind == Utf8Step::Kind::kValid ? run : bad) += step.size;
-      }
+      const auto [good, bad] = WellFormedRun(text);
       words.clear();
-      const std::string normalized = data_.nfc ? ToNfc(text.substr(0, run)) : "";
-      words_->Split(data_.nfc ? normalized : text.substr(0, run), words);
+      words_->Split(text.substr(0, good), words);
       for (const std::string_view word : words) EncodeWord(word, symbols, ids);
-      for (size_t i = 0; i < bad; ++i) EncodeWord(text.substr(run + i, 1), symbols, ids);
-      text.remove_prefix(run + bad);
+      for (size_t i = 0; i < bad; ++i) EncodeWord(text.substr(good + i, 1), symbols, ids);
+      text.remove_prefix(good + bad);
     }
   }
 
@@ -130,7 +139,8 @@ class ByteLevelTokenizer final : public Tokenizer {
   TokenizerData data_;
   ByteAlphabet alphabet_;
   std::unique_ptr<PreTokenizer> words_;
-  SpecialTokens special_;
+  SpecialTokens added_;       // found in the text as it stands
+  SpecialTokens normalized_;  // found in it after normalisation
   ChatTemplate chat_;
   std::array<int32_t, 256> byte_ids_{};
   MergeTable merges_;

@@ -46,7 +46,15 @@ int ByteOf(std::string_view token) {
 class SentencePieceTokenizer final : public Tokenizer {
  public:
   explicit SentencePieceTokenizer(const TokenizerData& data)
-      : data_(data), added_(SpecialTokens::Of(data_)), normalized_(Normalized()), chat_(data_) {
+      : data_(data),
+        added_(SpecialTokens::InText(data_)),
+        normalized_(SpecialTokens::InNormalized(data_,
+                                                [this](std::string_view token) {
+                                                  return data_.spaces.normalizes
+                                                             ? Normalize(token, true, true)
+                                                             : std::string(token);
+                                                })),
+        chat_(data_) {
     byte_ids_.fill(-1);
     DecodeTokens();
     // Scored tokens merge where they are ordinary ones; a list of merges says itself what does.
@@ -70,21 +78,27 @@ class SentencePieceTokenizer final : public Tokenizer {
   std::vector<int32_t> Encode(std::string_view text, bool allow_special) const override {
     std::vector<int32_t> ids;
     if (data_.add_bos && data_.bos >= 0) ids.push_back(data_.bos);
-    bool first = true, after_special = true;
-    std::string normalized;
-    while (!text.empty()) {
-      const SpecialTokens::Match match = added_.Find(text, allow_special);
-      if (match.at > 0) {
-        normalized.clear();
-        Normalize(text.substr(0, match.at), first, after_special, normalized);
-        EncodeNormalized(normalized, allow_special, ids);
+    bool after_special = true;
+    for (const SpecialTokens::Match& outer : added_.Split(text, allow_special)) {
+      if (outer.id >= 0) {
+        ids.push_back(outer.id);
+        after_special = data_.types[static_cast<size_t>(outer.id)] != Type::kAdded;
+        continue;
       }
-      if (match.id >= 0) {
-        ids.push_back(match.id);
-        after_special = data_.types[static_cast<size_t>(match.id)] != Type::kAdded;
+      const bool first = outer.at == 0;
+      std::string piece(text.substr(outer.at, outer.size));
+      if (data_.spaces.normalizes) piece = Normalize(piece, first, after_special);
+      for (const SpecialTokens::Match& inner : normalized_.Split(piece, allow_special)) {
+        if (inner.id >= 0) {
+          ids.push_back(inner.id);
+          continue;
+        }
+        std::string words = piece.substr(inner.at, inner.size);
+        if (!data_.spaces.normalizes) {
+          words = Normalize(words, first && inner.at == 0, after_special);
+        }
+        EncodeWords(words, ids);
       }
-      first = false;
-      text.remove_prefix(match.at + match.size);
     }
     return ids;
   }
@@ -104,17 +118,6 @@ class SentencePieceTokenizer final : public Tokenizer {
   }
 
  private:
-  SpecialTokens Normalized() const {
-    std::vector<SpecialTokens::Entry> entries;
-    for (const int32_t id : data_.normalized_tokens) {
-      const auto index = static_cast<size_t>(id);
-      std::string text;
-      Normalize(data_.tokens[index], true, true, text);
-      entries.push_back({text, id, data_.types[index] != Type::kAdded});
-    }
-    return SpecialTokens(entries);
-  }
-
   // Token text → id, of equal texts the first; tokens that stand for bytes are no text.
   TokenIds IndexTokens(bool ordinary_only) const {
     TokenIds ids;
@@ -184,24 +187,15 @@ class SentencePieceTokenizer final : public Tokenizer {
     }
   }
 
-  void Normalize(std::string_view text, bool first, bool after_special, std::string& out) const {
+  std::string Normalize(std::string_view text, bool first, bool after_special) const {
     const TokenizerData::SpaceRules& rules = data_.spaces;
     const bool prefix = rules.prefix == Prefix::kAlways ||
                         (rules.prefix == Prefix::kFirst && first) ||
                         (rules.prefix == Prefix::kAfterSpecial && after_special);
     const bool there = text.starts_with(' ') || text.starts_with(kSpace);
-    if (prefix && !(rules.unless_there && there)) out += kSpace;
+    std::string out(prefix && !(rules.unless_there && there) ? kSpace : "");
     ReplaceAll(text, " ", kSpace, out);
-  }
-
-  void EncodeNormalized(std::string_view text, bool allow_special,
-                        std::vector<int32_t>& ids) const {
-    while (!text.empty()) {
-      const SpecialTokens::Match match = normalized_.Find(text, allow_special);
-      EncodeWords(text.substr(0, match.at), ids);
-      if (match.id >= 0) ids.push_back(match.id);
-      text.remove_prefix(match.at + match.size);
-    }
+    return out;
   }
 
   void EncodeWords(std::string_view text, std::vector<int32_t>& ids) const {
@@ -257,7 +251,7 @@ class SentencePieceTokenizer final : public Tokenizer {
 
   TokenizerData data_;
   SpecialTokens added_;       // found in the text as it stands
-  SpecialTokens normalized_;  // found in it after Normalize
+  SpecialTokens normalized_;  // found in it after normalisation
   ChatTemplate chat_;
   std::array<int32_t, 256> byte_ids_;  // −1: none
   std::unordered_map<char32_t, int32_t> characters_;

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <span>
 #include <string>
@@ -25,6 +26,7 @@ struct TokenizerData {
     Prefix prefix = Prefix::kNever;
     bool unless_there = false;  // no prefix before a space
     bool split_words = false;   // no token spans the beginning of a word
+    bool normalizes = false;    // done before normalised added tokens are looked for, not after
   };
   Kind kind = Kind::kByteLevelBpe;
   std::string pre_tokenizer;  // "smollm", "llama-bpe", "gpt-2", "qwen2", …
@@ -41,8 +43,15 @@ struct TokenizerData {
   std::vector<float> scores;        // SentencePiece, instead of merges: the higher merges first
   SpaceRules spaces;                // SentencePiece
   bool nfc = false;                 // byte-level: text is normalised to NFC first
-  // Added tokens that are found after `spaces` did its work on text and token alike; ascending.
-  std::vector<int32_t> normalized_tokens;
+  // What a special or added token asks for beyond its text.
+  struct Added {
+    bool normalized =
+        false;  // found in normalised text (NFC, `spaces` where it normalizes), normalised itself
+    bool lstrip = false;       // takes in the white space before it,
+    bool rstrip = false;       // behind it
+    bool single_word = false;  // does not count beside a letter or digit
+  };
+  std::map<int32_t, Added> added;  // by id; a token without an entry asks for nothing
   int32_t bos = -1, eos = -1, unknown = -1;
   std::vector<int32_t> stop;  // ids that end generation (eos, eot, …)
   bool add_bos = false;

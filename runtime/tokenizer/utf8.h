@@ -41,6 +41,20 @@ inline Utf8Step NextUtf8(std::string_view text) {
   return {Kind::kValid, size, code_point};
 }
 
+// The well-formed characters that a text begins with, and the ill-formed ones that follow: at least
+// one byte together of text that is not empty.
+struct Utf8Run {
+  size_t good, bad;  // bytes
+};
+inline Utf8Run WellFormedRun(std::string_view text) {
+  Utf8Run run{0, 0};
+  while (run.good < text.size() && run.bad == 0) {
+    const Utf8Step step = NextUtf8(text.substr(run.good));
+    (step.kind == Utf8Step::Kind::kValid ? run.good : run.bad) += step.size;
+  }
+  return run;
+}
+
 inline void AppendUtf8(char32_t c, std::string& out) {
   const auto put = [&](char32_t byte) { out.push_back(static_cast<char>(byte)); };
   if (c < 0x80) {

@@ -354,7 +354,7 @@ TEST_F(HfModelTest, RefusesTokenizersItCannotServe) {
   with([](json& t) { t["pre_tokenizer"] = {{"type", "Metaspace"}}; }, "pre_tokenizer");
   with([](json& t) { t["pre_tokenizer"] = nullptr; }, "pre_tokenizer");
   with([](json& t) { t["added_tokens"][0]["id"] = int64_t{1} << 40; }, "added_tokens");
-  with([](json& t) { t["added_tokens"][0]["lstrip"] = true; }, "lstrip");
+  with([](json& t) { t["added_tokens"][0]["lstrip"] = 1; }, "lstrip");
   Write("tokenizer.json", TokenizerJson().dump());
   Write("generation_config.json", R"({"eos_token_id": 99})");
   ExpectRefused("eos_token_id");

@@ -1,0 +1,68 @@
+// Added tokens that take in white space, count as whole words only, or are normalised, against the
+// reference that tests/fixtures/README.md describes. $PASSEL_ADDED_TOKENS_FIXTURE names another
+// file that the script wrote.
+
+#include <gtest/gtest.h>
+
+#include <cstdlib>
+#include <fstream>
+#include <nlohmann/json.hpp>
+
+#include "runtime/model/hf_model.h"
+#include "runtime/tokenizer/tokenizer.h"
+#include "tests/model/gguf_writer.h"
+#include "tests/tokenizer/test_vocabulary.h"
+
+namespace passel {
+namespace {
+
+using nlohmann::json;
+using Ids = std::vector<int32_t>;
+
+std::unique_ptr<Tokenizer> FromJson(const json& tokenizer) {
+  const TempPath directory;
+  std::filesystem::create_directory(directory.str());
+  std::ofstream(directory.str() + "/tokenizer.json") << tokenizer.dump();
+  return Tokenizer::Make(model::HfTokenizer(directory.str(), 1 << 20));
+}
+
+TEST(AddedTokens, IdsAreTheReferences) {
+  const char* other = std::getenv("PASSEL_ADDED_TOKENS_FIXTURE");
+  std::ifstream file(other != nullptr ? other
+                                      : PASSEL_SOURCE_DIR "/tests/fixtures/added_tokens.json");
+  std::unique_ptr<Tokenizer> tokenizer;
+  std::string name;
+  int cases = 0, lines = 0;
+  for (std::string text; std::getline(file, text);) {
+    const json entry = json::parse(text);
+    if (entry.contains("tokenizer")) {
+      tokenizer = FromJson(entry["tokenizer"]);
+      name = entry["name"];
+      ++cases;
+      continue;
+    }
+    ++lines;
+    const std::string t = entry["t"];
+    const Ids ids = entry["i"], plain = entry.value("p", ids);
+    ASSERT_EQ(tokenizer->Encode(t, true), ids) << name << ": " << entry["t"];
+    ASSERT_EQ(tokenizer->Encode(t, false), plain) << name << ": " << entry["t"];
+  }
+  EXPECT_EQ(cases, 5);
+  EXPECT_GE(lines, 1400);
+}
+
+TEST(AddedTokens, InIllFormedText) {
+  TokenizerData data = ByteVocabulary({});
+  const int32_t word = AddToken(data, "[W]", TokenizerData::TokenType::kAdded);
+  const int32_t left = AddToken(data, "[L]", TokenizerData::TokenType::kAdded);
+  data.added[word].single_word = true;
+  data.added[left] = {.lstrip = true, .rstrip = true};
+  const auto tokenizer = Tokenizer::Make(data);
+  // Bytes that are no character are neither letters nor space.
+  EXPECT_EQ(tokenizer->Encode("\xc3[W]\xff", true), (Ids{0xc3, word, 0xff}));
+  EXPECT_EQ(tokenizer->Encode("\xc3\xa9[W]", true), (Ids{0xc3, 0xa9, '[', 'W', ']'}));
+  EXPECT_EQ(tokenizer->Encode("\x80\xa0 [L] \xe3\x80", true), (Ids{0x80, 0xa0, left, 0xe3, 0x80}));
+}
+
+}  // namespace
+}  // namespace passel
