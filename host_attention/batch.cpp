@@ -96,15 +96,14 @@ void Batch::Run(size_t index) {
 void Batch::RunUnit(size_t index, const Partials& out) {
   const Unit& unit = units_[index];
   const QueryItem& item = batch_.items[unit.item];
-  const Item& held = items_[unit.item];
-  const SegmentView& view = *held.views[unit.view];
+  const SegmentView& view = *items_[unit.item].views[unit.view];
   if (unit.head == kAllHeads) {
     RunExact(index, view, item.q, out);
     return;
   }
   switch (options_.estimator) {
     case Estimator::kLsh:
-      RunLsh(index, view, item, held.mean->data(), out);
+      RunLsh(index, view, item, out);
       break;
     case Estimator::kTopK:
       RunTopK(index, view, item.q + size_t{unit.head} * options_.head_dim, out);
@@ -128,7 +127,7 @@ void Batch::RunExact(size_t index, const SegmentView& view, const float* q, cons
   if (batch_.times != nullptr) batch_.times->attend_ns += Nanoseconds() - start;
 }
 
-void Batch::RunLsh(size_t index, const SegmentView& view, const QueryItem& item, const float* mean,
+void Batch::RunLsh(size_t index, const SegmentView& view, const QueryItem& item,
                    const Partials& out) {
   const Unit& unit = units_[index];
   Scratch& scratch = Scratch::Local();
@@ -141,7 +140,7 @@ void Batch::RunLsh(size_t index, const SegmentView& view, const QueryItem& item,
   const uint64_t probed = batch_.times != nullptr ? Nanoseconds() : 0;
   kernels_.attend_list(view.rows, scratch.ids(), count,
                        item.q + size_t{unit.head} * options_.head_dim,
-                       {mean, options_.k, options_.l},
+                       {view.mean->data(), options_.k, options_.l},
                        scratch.work(WorkFloats(1, options_.head_dim)), {out.max, out.den, out.num});
   sampled_[index] = count;
   if (batch_.collect_ids) ids_[index].assign(scratch.ids(), scratch.ids() + count);

@@ -37,10 +37,8 @@ class Scratch {
 // which they merge depend on the batch alone, so results do not depend on threads.
 class Batch {
  public:
-  // mean: [head_dim] of item i; the views in the order of the segments.
   struct Item {
-    std::shared_ptr<const std::vector<float>> mean;
-    std::vector<std::unique_ptr<SegmentView>> views;
+    std::vector<std::unique_ptr<SegmentView>> views;  // in the order of the segments
   };
   Batch(const Options& options, const Kernels& kernels, AttendBatch batch, std::vector<Item> items);
 
@@ -75,8 +73,7 @@ class Batch {
   Partials PartialsOf(const Unit& unit);
   void RunUnit(size_t index, const Partials& out);
   void RunExact(size_t index, const SegmentView& view, const float* q, const Partials& out);
-  void RunLsh(size_t index, const SegmentView& view, const QueryItem& item, const float* mean,
-              const Partials& out);
+  void RunLsh(size_t index, const SegmentView& view, const QueryItem& item, const Partials& out);
   void RunTopK(size_t index, const SegmentView& view, const float* q, const Partials& out);
   void RunOracle(size_t index, const SegmentView& view, const QueryItem& item, const Partials& out);
   void MergeItem(uint32_t item);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <unordered_map>
 #include <utility>
@@ -60,10 +61,29 @@ void CheckOptions(const Options& o) {
   Expect(o.threads <= 4096, "threads is " + std::to_string(o.threads) + "; expected at most 4096");
 }
 
+using Mean = std::shared_ptr<const std::vector<float>>;
+
 // One (layer, KV head) of a request.
 struct Head {
-  std::vector<std::shared_ptr<Segment>> segments;  // by number, so by first token
-  std::shared_ptr<const std::vector<float>> mean;
+  struct Held {
+    std::shared_ptr<Segment> segment;
+    Mean mean;  // of a shared segment; null: the head's
+  };
+  std::vector<Held> segments;  // by number, so by first token
+  Mean mean;
+
+  const Held* Find(uint32_t number) const {
+    const auto found = std::find_if(segments.begin(), segments.end(), [&](const Held& held) {
+      return held.segment->number() == number;
+    });
+    return found == segments.end() ? nullptr : &*found;
+  }
+  const Mean& MeanOf(const Held& held) const { return held.mean != nullptr ? held.mean : mean; }
+  void Sort() {
+    std::sort(segments.begin(), segments.end(), [](const Held& a, const Held& b) {
+      return a.segment->number() < b.segment->number();
+    });
+  }
 };
 
 using HeadId = std::pair<uint32_t, uint32_t>;  // layer, KV head
@@ -104,7 +124,7 @@ struct HostAttention::Impl {
   const Options options;
   const Kernels& kernels;
   const std::shared_ptr<Account> account;
-  const std::shared_ptr<const std::vector<float>> no_mean;
+  const Mean no_mean;
   std::unordered_map<RequestId, Request> requests;
   std::unique_ptr<Pool> pool;  // last, so that its jobs end first
 };
@@ -147,10 +167,9 @@ void HostAttention::Open(const OpenSpec& spec) {
                                          Gigabytes(now.budget_bytes - now.reserved_bytes) +
                                          " of a budget of " + Gigabytes(now.budget_bytes));
   }
-  std::shared_ptr<Slab> slab;
+  std::optional<SlabMap> map;
   try {
-    slab = std::make_shared<Slab>(
-        *slab_total, [account = impl_->account, bytes = *total] { account->Unreserve(bytes); });
+    map.emplace(*slab_total);
   } catch (...) {
     impl_->account->Unreserve(*total);
     throw;
@@ -161,18 +180,43 @@ void HostAttention::Open(const OpenSpec& spec) {
     for (const OpenSpec::Part& part : spec.parts) {
       Head& head = added[{layer, part.kv_head}];
       if (head.mean == nullptr) head.mean = impl_->no_mean;
-      Check(std::none_of(head.segments.begin(), head.segments.end(),
-                         [&](const auto& s) { return s->number() == part.segment; }),
-            "a segment is opened once");
-      head.segments.push_back(std::make_shared<Segment>(options, part.spec, part.segment, slab,
-                                                        impl_->account, *impl_->pool));
+      Check(head.Find(part.segment) == nullptr, "a segment is opened once");
+      Slab slab = map->Take(SegmentSlabBytes(options, part.spec),
+                            [account = impl_->account, bytes = SegmentBytes(options, part.spec)] {
+                              account->Unreserve(bytes);
+                            });
+      head.segments.push_back(
+          {std::make_shared<Segment>(options, part.spec, part.segment, std::move(slab),
+                                     impl_->account, *impl_->pool),
+           nullptr});
     }
   }
-  for (auto& [id, head] : added) {
-    std::sort(head.segments.begin(), head.segments.end(),
-              [](const auto& a, const auto& b) { return a->number() < b->number(); });
-  }
+  for (auto& [id, head] : added) head.Sort();
   impl_->requests[spec.request] = std::move(added);
+}
+
+Status HostAttention::Share(const ShareSpec& spec) {
+  const auto open = impl_->requests.find(spec.request);
+  Request added = open == impl_->requests.end() ? Request() : open->second;
+  for (const uint32_t layer : spec.layer_list) {
+    for (const ShareSpec::Part& part : spec.parts) {
+      Status status;
+      const Head* from = impl_->Find(spec.from, layer, part.kv_head, &status);
+      if (from == nullptr) return status;
+      const Head::Held* held = from->Find(part.segment);
+      if (held == nullptr) return Status::kNotHere;
+      const Segment& segment = *held->segment;
+      if (!segment.spec().prompt) return Status::kBadArgument;
+      if (segment.present() < segment.spec().capacity) return Status::kMissingTokens;
+      Head& head = added[{layer, part.kv_head}];
+      if (head.mean == nullptr) head.mean = impl_->no_mean;
+      if (head.Find(part.segment) != nullptr) return Status::kBadArgument;
+      head.segments.push_back({held->segment, from->MeanOf(*held)});
+    }
+  }
+  for (auto& [id, head] : added) head.Sort();
+  impl_->requests[spec.request] = std::move(added);
+  return Status::kOk;
 }
 
 Status HostAttention::SetMean(const KeyMean& mean) {
@@ -190,7 +234,7 @@ Status HostAttention::Append(const AppendSpan& span) {
   if (head == nullptr) return status;
   if (span.count == 0) return Status::kOk;
   if (span.rows == nullptr) return Status::kBadArgument;
-  for (const auto& segment : head->segments) {
+  for (const auto& [segment, mean] : head->segments) {
     const SegmentSpec& spec = segment->spec();
     if (span.first_token < spec.first_token) continue;
     const uint64_t local = span.first_token - spec.first_token;
@@ -205,12 +249,11 @@ bool HostAttention::Ready(RequestId request, uint32_t layer, uint32_t kv_head,
   Status status;
   const Head* head = impl_->Find(request, layer, kv_head, &status);
   if (head == nullptr) return false;
-  return std::all_of(
-      head->segments.begin(), head->segments.end(), [&](const std::shared_ptr<Segment>& s) {
-        const SegmentSpec& spec = s->spec();
-        if (offloaded_tokens <= spec.first_token) return true;
-        return s->present() >= std::min(offloaded_tokens - spec.first_token, spec.capacity);
-      });
+  return std::all_of(head->segments.begin(), head->segments.end(), [&](const Head::Held& held) {
+    const SegmentSpec& spec = held.segment->spec();
+    if (offloaded_tokens <= spec.first_token) return true;
+    return held.segment->present() >= std::min(offloaded_tokens - spec.first_token, spec.capacity);
+  });
 }
 
 Status HostAttention::Impl::Prepare(const AttendBatch& batch, const QueryItem& query,
@@ -220,14 +263,15 @@ Status HostAttention::Impl::Prepare(const AttendBatch& batch, const QueryItem& q
   if (head == nullptr) return status;
   const bool sampling = options.estimator == Estimator::kLsh && !query.exact;
   if (query.q == nullptr || (sampling && query.codes == nullptr)) return Status::kBadArgument;
-  item->mean = head->mean;
-  for (const auto& segment : head->segments) {
+  for (const Head::Held& held : head->segments) {
+    const auto& segment = held.segment;
     const SegmentSpec& spec = segment->spec();
     if (query.offloaded_tokens <= spec.first_token) continue;
     const uint64_t tokens = std::min(query.offloaded_tokens - spec.first_token, spec.capacity);
     if (segment->present() < tokens) return Status::kMissingTokens;
     auto view = segment->View(tokens, sampling);
     if (view == nullptr) return Status::kBadArgument;
+    view->mean = head->MeanOf(held);
     item->views.push_back(std::move(view));
   }
   return Status::kOk;

@@ -66,6 +66,20 @@ struct OpenSpec {
   std::vector<Part> parts;
 };
 
+// Prompt segments of request `from` that become segments of `request` too, under the same numbers
+// and tokens: a common prefix, held once.
+struct ShareSpec {
+  RequestId request, from;
+  std::vector<uint32_t> layer_list;
+  struct Part {
+    uint32_t kv_head;
+    uint32_t segment;
+  };
+  std::vector<Part> parts;  // in each layer of `layer_list`
+};
+
+// Of the keys of segments that the request opened; a shared segment keeps the one it was hashed
+// with.
 struct KeyMean {
   RequestId request;
   uint32_t layer, kv_head;
@@ -134,9 +148,9 @@ struct MemoryUsage {
   uint64_t table_bytes = 0;  // in use by tables, and by codes of tokens not yet in one
 };
 
-// The KV cache, LSH tables and attention of one host rank. Open, SetMean, Append, Release and
-// Attend are called by one thread; the work of Attend and of sealing and merging runs on `threads`
-// threads of its own. Hot calls return a status and never throw.
+// The KV cache, LSH tables and attention of one host rank. Open, Share, SetMean, Append, Release
+// and Attend are called by one thread; the work of Attend and of sealing and merging runs on
+// `threads` threads of its own. Hot calls return a status and never throw.
 class HostAttention {
  public:
   explicit HostAttention(const Options& options);
@@ -145,6 +159,10 @@ class HostAttention {
   // Reserves all memory the request may come to need here. Throws Error{kMemory}, naming need and
   // budget; nothing is reserved then. A request may be opened again with further parts.
   void Open(const OpenSpec& spec);
+  // All of `spec` or, where the status is not kOk, nothing. The segments are full (kMissingTokens)
+  // and immutable, and count once, until the last request that has them is released, in any order;
+  // their mean comes with them. `request` may be new; what follows the prefix, it opens.
+  Status Share(const ShareSpec& spec);
   // Before queries that need it; without, keys count as hashed uncentred (mean 0).
   Status SetMean(const KeyMean& mean);
   // Appended in order: a gap gives kMissingTokens. The rows and codes are copied. All spans of a

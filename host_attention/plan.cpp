@@ -9,6 +9,9 @@
 namespace passel::host {
 namespace {
 
+// A slab is whole pages, so that it can be given back alone.
+constexpr uint64_t kPage = 4096;
+
 uint64_t RowBytes(const Options& options, const SegmentSpec& spec) {
   return RoundUp(spec.capacity * RowStride(options.kv_type, options.head_dim) + 64, 64);
 }
@@ -57,7 +60,7 @@ uint64_t SegmentSlabBytes(const Options& options, const SegmentSpec& spec) {
   if (options.estimator == Estimator::kLsh && spec.prompt) {
     bytes += PromptTableBytes(options, static_cast<uint32_t>(spec.capacity));
   }
-  return bytes;
+  return RoundUp(bytes, kPage);
 }
 
 uint64_t SegmentBytes(const Options& options, const SegmentSpec& spec) {

@@ -26,7 +26,22 @@ uint16_t* SortScratch() {
 
 }  // namespace
 
-Slab::Slab(uint64_t bytes, std::function<void()> on_free) : bytes_(std::max<uint64_t>(bytes, 1)) {
+Slab::Slab(std::byte* data, uint64_t bytes, std::function<void()> on_free)
+    : data_(data), bytes_(bytes), on_free_(std::move(on_free)) {}
+
+Slab::Slab(Slab&& other) noexcept
+    : data_(std::exchange(other.data_, nullptr)),
+      bytes_(other.bytes_),
+      on_free_(std::move(other.on_free_)) {}
+
+Slab::~Slab() {
+  if (data_ == nullptr) return;
+  munmap(data_, bytes_);
+  on_free_();
+}
+
+SlabMap::SlabMap(uint64_t bytes) : bytes_(bytes) {
+  if (bytes == 0) return;
   void* p = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (p == MAP_FAILED) {
     throw Error(ErrorClass::kMemory, "the system refused " + std::to_string(bytes_) +
@@ -34,30 +49,27 @@ Slab::Slab(uint64_t bytes, std::function<void()> on_free) : bytes_(std::max<uint
   }
   if (bytes_ >= 4 * kHugePage) madvise(p, bytes_, MADV_HUGEPAGE);
   data_ = static_cast<std::byte*>(p);
-  on_free_ = std::move(on_free);
 }
 
-Slab::~Slab() {
-  munmap(data_, bytes_);
-  if (on_free_) on_free_();
+SlabMap::~SlabMap() {
+  if (taken_ < bytes_) munmap(data_ + taken_, bytes_ - taken_);
 }
 
-std::byte* Slab::Take(uint64_t bytes) {
-  const uint64_t at = taken_;
-  taken_ = RoundUp(at + bytes, 64);
-  Check(taken_ <= RoundUp(bytes_, 64), "a slab holds what was planned for it");
-  return data_ + at;
+Slab SlabMap::Take(uint64_t bytes, std::function<void()> on_free) {
+  Check(bytes > 0 && bytes <= bytes_ - taken_, "a mapping holds what was planned for it");
+  taken_ += bytes;
+  return Slab(data_ + (taken_ - bytes), bytes, std::move(on_free));
 }
 
-Segment::Segment(const Options& options, const SegmentSpec& spec, uint32_t number,
-                 std::shared_ptr<Slab> slab, std::shared_ptr<Usage> usage, Pool& pool)
+Segment::Segment(const Options& options, const SegmentSpec& spec, uint32_t number, Slab slab,
+                 std::shared_ptr<Usage> usage, Pool& pool)
     : options_(options),
       spec_(spec),
       number_(number),
       slab_(std::move(slab)),
       usage_(std::move(usage)),
       pool_(pool) {
-  row_data_ = slab_->Take(SegmentSlabBytes(options, spec));
+  row_data_ = slab_.data();
   rows_ = {row_data_, RowStride(options.kv_type, options.head_dim), options.head_dim,
            options.kv_type};
   if (options.estimator == Estimator::kLsh && spec.prompt) {

@@ -13,25 +13,40 @@
 
 namespace passel::host {
 
-// Zeroed memory of one Open, in one mapping (huge pages where allowed); whatever it holds goes, and
-// `on_free` runs, with the last segment in it.
+// Zeroed memory of one segment: whole pages, a part of its Open's mapping. Goes back to the system
+// with its owner, whatever becomes of the rest; then `on_free` runs.
 class Slab {
  public:
-  // Throws Error{kMemory} where the system refuses.
-  Slab(uint64_t bytes, std::function<void()> on_free);
+  Slab(Slab&& other) noexcept;
   ~Slab();
-  Slab(const Slab&) = delete;
-  Slab& operator=(const Slab&) = delete;
-  // A piece aligned to 64 bytes.
-  std::byte* Take(uint64_t bytes);
+  Slab& operator=(Slab&&) = delete;
+  std::byte* data() const { return data_; }
+
+ private:
+  friend class SlabMap;
+  Slab(std::byte* data, uint64_t bytes, std::function<void()> on_free);
+
+  std::byte* data_ = nullptr;
+  uint64_t bytes_ = 0;
+  std::function<void()> on_free_;
+};
+
+// The mapping of one Open (huge pages where allowed), from which its slabs are cut, in order.
+class SlabMap {
+ public:
+  // bytes: of all slabs, whole pages. Throws Error{kMemory} where the system refuses.
+  explicit SlabMap(uint64_t bytes);
+  ~SlabMap();  // what was not taken goes back
+  SlabMap(const SlabMap&) = delete;
+  SlabMap& operator=(const SlabMap&) = delete;
+  Slab Take(uint64_t bytes, std::function<void()> on_free);
 
  private:
   std::byte* data_ = nullptr;
   uint64_t bytes_ = 0, taken_ = 0;
-  std::function<void()> on_free_;
 };
 
-// Bytes of a segment in its slab; the rest of SegmentBytes is allocated as tokens come.
+// Bytes of a segment's slab; the rest of SegmentBytes is allocated as tokens come.
 uint64_t SegmentSlabBytes(const Options& options, const SegmentSpec& spec);
 
 // What a query reads of a segment; holds alive what it names. Token numbers are the segment's own.
@@ -40,16 +55,17 @@ struct SegmentView {
   std::shared_ptr<const Segment> segment;
   RowsView rows;
   std::vector<std::shared_ptr<const TableBlock>> blocks;
-  uint32_t sampled = 0;  // tokens [0, sampled) are sampled
-  uint32_t limit = 0;    // tokens [sampled, limit) are attended exactly
+  std::shared_ptr<const std::vector<float>> mean;  // [head_dim], of its keys when they were hashed
+  uint32_t sampled = 0;                            // tokens [0, sampled) are sampled
+  uint32_t limit = 0;                              // tokens [sampled, limit) are attended exactly
 };
 
 // One segment's rows and tables. Append, View and WhenSealed are called by one thread; sealing and
 // merging run in the pool and change only which structure finds the tokens, never which are found.
 class Segment : public std::enable_shared_from_this<Segment> {
  public:
-  Segment(const Options& options, const SegmentSpec& spec, uint32_t number,
-          std::shared_ptr<Slab> slab, std::shared_ptr<Usage> usage, Pool& pool);
+  Segment(const Options& options, const SegmentSpec& spec, uint32_t number, Slab slab,
+          std::shared_ptr<Usage> usage, Pool& pool);
   ~Segment();
   Segment(const Segment&) = delete;
   Segment& operator=(const Segment&) = delete;
@@ -77,7 +93,7 @@ class Segment : public std::enable_shared_from_this<Segment> {
   const Options options_;
   const SegmentSpec spec_;
   const uint32_t number_;
-  const std::shared_ptr<Slab> slab_;
+  const Slab slab_;
   const std::shared_ptr<Usage> usage_;
   Pool& pool_;
   RowsView rows_;

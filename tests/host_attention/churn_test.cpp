@@ -1,5 +1,6 @@
-// 10,000 random lives of requests: opened or refused, filled, sealed and merged underneath,
-// queried, released with queries in flight. Memory in use and reserved ends at zero.
+// 10,000 random lives of requests: opened or refused, filled, sealed and merged underneath, begun
+// with another's prefix, queried, released with queries in flight. Memory in use and reserved ends
+// at zero.
 #include <gtest/gtest.h>
 
 #include <condition_variable>
@@ -24,7 +25,7 @@ constexpr size_t kAlive = 6;
 
 struct Life {
   std::vector<SegmentSpec> plan;
-  uint64_t tokens = 0, present = 0;
+  uint64_t present = 0;
 };
 
 class Churn {
@@ -66,6 +67,7 @@ class Churn {
     EXPECT_EQ(host_->usage().kv_bytes, 0u);
     EXPECT_EQ(host_->usage().table_bytes, 0u);
     EXPECT_GT(refused_, 10u);
+    EXPECT_GT(shared_, 300u);
     EXPECT_GT(queries_, kLives / 2);
     EXPECT_EQ(wrong_, 0u);
   }
@@ -77,12 +79,21 @@ class Churn {
     const bool is_long = Draw(12) == 0;
     const uint64_t prompt = Draw(is_long ? kLongPrompt : 150);
     const uint64_t generated = 1 + Draw(is_long ? kLongGenerated : 300);
-    Life life{PlanSegments(prompt, generated, kBlock), prompt + generated, 0};
+    Life life;
+    if (!alive_.empty() && Draw(3) == 0) Share(id, life);
+    const auto prefix = static_cast<uint32_t>(life.plan.size());
+    // The lives' data is the same, so a prefix is a prefix of all.
+    const uint64_t first = life.present;
+    const uint64_t tail = std::min(prompt, data_.n - generated - first);
+    for (SegmentSpec s : PlanSegments(tail, generated, kBlock)) {
+      s.first_token += first;
+      life.plan.push_back(s);
+    }
     OpenSpec open;
     open.request = RequestId(id);
     open.layers = 1;
     open.layer_list = {0};
-    for (uint32_t s = 0; s < life.plan.size(); ++s) open.parts.push_back({0, s, life.plan[s]});
+    for (uint32_t s = prefix; s < life.plan.size(); ++s) open.parts.push_back({0, s, life.plan[s]});
     const uint64_t before = host_->usage().reserved_bytes;
     try {
       host_->Open(open);
@@ -90,11 +101,33 @@ class Churn {
       EXPECT_EQ(e.error_class(), ErrorClass::kMemory);
       EXPECT_LE(host_->usage().reserved_bytes, before);
       ++refused_;
+      host_->Release(RequestId(id));
       return;
     }
     EXPECT_LE(host_->usage().reserved_bytes, options_.memory_bytes);
     EXPECT_EQ(host_->SetMean({RequestId(id), 0, 0, data_.mean}), Status::kOk);
     alive_.emplace(id, std::move(life));
+  }
+
+  // The full prompt segments that another life begins with, or some of them.
+  void Share(uint64_t id, Life& life) {
+    const auto it = Any();
+    ShareSpec share;
+    share.request = RequestId(id);
+    share.from = RequestId(it->first);
+    share.layer_list = {0};
+    for (const SegmentSpec& s : it->second.plan) {
+      const uint64_t end = s.first_token + s.capacity;
+      if (!s.prompt || it->second.present < end || end > kLongPrompt || Draw(4) == 0) break;
+      share.parts.push_back({0, static_cast<uint32_t>(life.plan.size())});
+      life.plan.push_back(s);
+      life.present = end;
+    }
+    if (life.plan.empty()) return;
+    const uint64_t before = host_->usage().reserved_bytes;
+    ASSERT_EQ(host_->Share(share), Status::kOk);
+    EXPECT_LE(host_->usage().reserved_bytes, before);
+    ++shared_;
   }
 
   std::map<uint64_t, Life>::iterator Any() {
@@ -174,7 +207,7 @@ class Churn {
   Options options_;
   Random random_{12};
   std::map<uint64_t, Life> alive_;
-  uint64_t refused_ = 0, queries_ = 0;
+  uint64_t refused_ = 0, shared_ = 0, queries_ = 0;
   std::mutex mutex_;
   std::condition_variable answered_;
   uint64_t answers_ = 0, wrong_ = 0;
