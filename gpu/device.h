@@ -132,7 +132,10 @@ class Device {
                     std::span<const int64_t> positions) = 0;
   // out = silu(gate) · up; gate_up: [n, 2·ffn] f32 (gate first); out: [n, ffn] activation_type.
   virtual void SiluMul(Tensor gate_up, Tensor out) = 0;
-  // into += delta. f32, [n, cols].
+  // Each head of a row by itself, in place: x = x / rms(x) · weight. x: [n, heads·head_dim] f32;
+  // weight: [1, heads·head_dim] f32.
+  virtual void HeadRmsNorm(Tensor x, int32_t head_dim, Tensor weight, float eps) = 0;
+  // into += delta. f32; into: [n, cols]; delta: the same, or one row that goes to every row.
   virtual void Add(Tensor into, Tensor delta) = 0;
   // out = in, between f32 and bf16 or within one type.
   virtual void Convert(Tensor in, Tensor out) = 0;

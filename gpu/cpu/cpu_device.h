@@ -47,6 +47,7 @@ class CpuDevice final : public Device {
   void Rope(Tensor x, int32_t head_dim, std::span<const float> inv_freq,
             std::span<const int64_t> positions) override;
   void SiluMul(Tensor gate_up, Tensor out) override;
+  void HeadRmsNorm(Tensor x, int32_t head_dim, Tensor weight, float eps) override;
   void Add(Tensor into, Tensor delta) override;
   void Convert(Tensor in, Tensor out) override;
   void ArgMax(Tensor x, std::span<int32_t> ids) override;

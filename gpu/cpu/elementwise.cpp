@@ -32,13 +32,28 @@ void CpuDevice::AddRmsNorm(Tensor residual, Tensor delta, Tensor weight, float e
   });
 }
 
+void CpuDevice::HeadRmsNorm(Tensor x, int32_t head_dim, Tensor weight, float eps) {
+  Check(x.type == DType::kF32 && head_dim > 0 && x.cols % head_dim == 0 &&
+            weight.type == DType::kF32 && weight.rows == 1 && weight.cols == x.cols,
+        "HeadRmsNorm: shapes disagree");
+  ForRows(x.rows, x.cols, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      for (int64_t h = 0; h < x.cols; h += head_dim) {
+        float* head = RowPtr<float>(x, i) + h;
+        kernels_.add_rms_norm(head, nullptr, RowPtr<float>(weight, 0) + h, eps, head_dim, head);
+      }
+    }
+  });
+}
+
 void CpuDevice::Add(Tensor into, Tensor delta) {
-  Check(into.type == DType::kF32 && delta.type == DType::kF32 && into.rows == delta.rows &&
-            into.cols == delta.cols,
+  Check(into.type == DType::kF32 && delta.type == DType::kF32 && into.cols == delta.cols &&
+            (delta.rows == into.rows || delta.rows == 1),
         "Add: shapes disagree");
   ForRows(into.rows, into.cols, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      kernels_.scale_add(RowPtr<float>(into, i), 1.0f, RowPtr<float>(delta, i), into.cols);
+      kernels_.scale_add(RowPtr<float>(into, i), 1.0f,
+                         RowPtr<float>(delta, delta.rows == 1 ? 0 : i), into.cols);
     }
   });
 }

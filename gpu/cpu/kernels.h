@@ -14,7 +14,8 @@ struct Kernels {
 
   void (*to_bf16)(const float* in, bf16* out, int64_t n);
   void (*to_f32)(const bf16* in, float* out, int64_t n);
-  // residual += delta (where not null); out = residual / √(mean(residual²) + eps) · weight.
+  // residual += delta (where not null); out = residual / √(mean(residual²) + eps) · weight. `out`
+  // may be `residual`.
   void (*add_rms_norm)(float* residual, const float* delta, const float* weight, float eps,
                        int64_t n, float* out);
   void (*silu_mul)(const float* gate, const float* up, float* out, int64_t n);

@@ -66,9 +66,16 @@ void CudaDevice::SiluMul(Tensor gate_up, Tensor out) {
   LaunchSiluMul(stream_.get, gate_up, out);
 }
 
+void CudaDevice::HeadRmsNorm(Tensor x, int32_t head_dim, Tensor weight, float eps) {
+  Check(x.type == DType::kF32 && head_dim > 0 && x.cols % head_dim == 0 &&
+            weight.type == DType::kF32 && weight.rows == 1 && weight.cols == x.cols,
+        "HeadRmsNorm: shapes disagree");
+  LaunchHeadRmsNorm(stream_.get, x, head_dim, weight, eps);
+}
+
 void CudaDevice::Add(Tensor into, Tensor delta) {
-  Check(into.type == DType::kF32 && delta.type == DType::kF32 && into.rows == delta.rows &&
-            into.cols == delta.cols,
+  Check(into.type == DType::kF32 && delta.type == DType::kF32 && into.cols == delta.cols &&
+            (delta.rows == into.rows || delta.rows == 1),
         "Add: shapes disagree");
   LaunchAdd(stream_.get, into, delta);
 }

@@ -66,6 +66,27 @@ __global__ void __launch_bounds__(kNormThreads)
   }
 }
 
+constexpr int kHeadNormWarps = 4;
+
+// One warp a head, which reads it twice, the second time from cache.
+__global__ void __launch_bounds__(32 * kHeadNormWarps)
+    HeadRmsNormKernel(Tensor x, int32_t head_dim, const float* weight, float eps) {
+  LetNextKernelStart();
+  WaitForEarlierKernels();
+  const int64_t first =
+      (int64_t{blockIdx.y} * kHeadNormWarps + static_cast<int>(threadIdx.x) / 32) * head_dim;
+  if (first >= x.cols) return;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  float* head = F32Row(x, blockIdx.x) + first;
+  float squares = 0;
+  for (int j = lane; j < head_dim; j += 32) squares = fmaf(head[j], head[j], squares);
+  for (int offset = 16; offset > 0; offset /= 2) {
+    squares += __shfl_xor_sync(0xffffffffu, squares, offset);
+  }
+  const float scale = 1.0f / sqrtf(squares / static_cast<float>(head_dim) + eps);
+  for (int j = lane; j < head_dim; j += 32) head[j] = head[j] * scale * weight[first + j];
+}
+
 constexpr int kArgMaxThreads = 1024;
 
 // A value and its column. The better one is the larger, then the one further left; NaN beats all.
@@ -144,6 +165,15 @@ void LaunchAddRmsNorm(cudaStream_t stream, Tensor residual, Tensor delta, Tensor
                static_cast<const float*>(weight.data), eps, out);
 }
 
+void LaunchHeadRmsNorm(cudaStream_t stream, Tensor x, int32_t head_dim, Tensor weight, float eps) {
+  const int64_t heads = x.cols / head_dim;
+  if (x.rows == 0 || heads == 0) return;
+  const dim3 grid(static_cast<unsigned>(x.rows),
+                  static_cast<unsigned>((heads + kHeadNormWarps - 1) / kHeadNormWarps));
+  LaunchBehind(stream, grid, 32 * kHeadNormWarps, 0, "launch of HeadRmsNorm", HeadRmsNormKernel, x,
+               head_dim, static_cast<const float*>(weight.data), eps);
+}
+
 void LaunchRopeTable(cudaStream_t stream, const int64_t* positions, int64_t n,
                      const float* inv_freq, int64_t half, float2* table) {
   ForElements(stream, n, half, [=] __device__(int64_t i, int64_t j) {
@@ -174,8 +204,9 @@ void LaunchSiluMul(cudaStream_t stream, Tensor gate_up, Tensor out) {
 }
 
 void LaunchAdd(cudaStream_t stream, Tensor into, Tensor delta) {
-  ForElements(stream, into.rows, into.cols,
-              [=] __device__(int64_t i, int64_t j) { F32Row(into, i)[j] += F32Row(delta, i)[j]; });
+  ForElements(stream, into.rows, into.cols, [=] __device__(int64_t i, int64_t j) {
+    F32Row(into, i)[j] += F32Row(delta, delta.rows == 1 ? 0 : i)[j];
+  });
 }
 
 void LaunchSumRows(cudaStream_t stream, const float* in, int64_t rows, int64_t cols, float* out) {

@@ -26,6 +26,7 @@ void LaunchSkinnyMatMul(cudaStream_t stream, const void* w, int64_t features, in
 void LaunchEmbed(cudaStream_t stream, Tensor table, const int32_t* ids, Tensor out);
 void LaunchAddRmsNorm(cudaStream_t stream, Tensor residual, Tensor delta, Tensor weight, float eps,
                       Tensor out);
+void LaunchHeadRmsNorm(cudaStream_t stream, Tensor x, int32_t head_dim, Tensor weight, float eps);
 // table: [n, head_dim/2] pairs (cos, sin) of positions[i]·inv_freq[j], computed in float64: at
 // position 2^20 a float32 angle has an error of 0.03.
 void LaunchRopeTable(cudaStream_t stream, const int64_t* positions, int64_t n,

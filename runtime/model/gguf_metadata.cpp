@@ -76,11 +76,16 @@ int32_t TokenId(const GgufFile& file, const std::string& key, size_t tokens) {
 ModelConfig GgufConfig(const GgufFile& file) {
   ModelConfig config;
   const std::string& arch = file.String("general.architecture");
-  if (arch != "llama") {
+  const bool qwen = arch == "qwen2" || arch == "qwen3";
+  if (arch != "llama" && !qwen) {
     file.Fail("general.architecture",
-              fmt::format("is \"{}\"; expected \"llama\" (llama and mistral models)", arch));
+              fmt::format("is \"{}\"; expected \"llama\" (llama and mistral models), \"qwen2\" or "
+                          "\"qwen3\"",
+                          arch));
   }
   config.architecture = arch;
+  config.qkv_bias = arch == "qwen2";
+  config.qk_norm = arch == "qwen3";
   auto field = [&](const char* name) {
     const std::string key = arch + "." + name;
     return Int32(file, key, file.Int(key));
@@ -92,7 +97,8 @@ ModelConfig GgufConfig(const GgufFile& file) {
       file.Has(arch + ".attention.head_count_kv") ? field("attention.head_count_kv") : config.heads;
   config.ffn = field("feed_forward_length");
   config.context_length = file.Int(arch + ".context_length");
-  config.sliding_window = file.IntOr(arch + ".attention.sliding_window", 0);
+  // The format has no say in whether a qwen model uses its window, and none in circulation does.
+  if (!qwen) config.sliding_window = file.IntOr(arch + ".attention.sliding_window", 0);
   config.norm_eps = static_cast<float>(file.Float(arch + ".attention.layer_norm_rms_epsilon"));
   if (file.Has(arch + ".attention.key_length")) {
     config.head_dim = field("attention.key_length");

@@ -22,10 +22,13 @@ std::string TensorName(WeightId id) {
     default:
       break;
   }
-  static constexpr std::array kNames = {"attn_norm", "attn_q",   "attn_k", "attn_v",  "attn_output",
-                                        "ffn_norm",  "ffn_gate", "ffn_up", "ffn_down"};
+  static constexpr std::array kNames = {
+      "attn_norm.weight",   "attn_q.weight",     "attn_k.weight",   "attn_v.weight",
+      "attn_output.weight", "ffn_norm.weight",   "ffn_gate.weight", "ffn_up.weight",
+      "ffn_down.weight",    "attn_q.bias",       "attn_k.bias",     "attn_v.bias",
+      "attn_q_norm.weight", "attn_k_norm.weight"};
   const size_t kind = static_cast<size_t>(id.kind) - static_cast<size_t>(WeightKind::kAttnNorm);
-  return fmt::format("blk.{}.{}.weight", id.layer, kNames[kind]);
+  return fmt::format("blk.{}.{}", id.layer, kNames[kind]);
 }
 
 // A file, with the others of a split model where it is the first of one: NAME-00001-of-0000N.gguf.
@@ -98,7 +101,10 @@ class GgufModel final : public MappedModel {
       file_.Fail(field, fmt::format("is [{}, {}]; expected [{}, {}]", tensor.rows, tensor.cols,
                                     e.rows, e.cols));
     }
-    const bool rotated = e.id.kind == WeightKind::kQ || e.id.kind == WeightKind::kK;
+    // Writers interleave the rows of llama's Q and K; other architectures' lie as in Hugging Face's
+    // files.
+    const bool rotated = config_.architecture == "llama" &&
+                         (e.id.kind == WeightKind::kQ || e.id.kind == WeightKind::kK);
     SetView(e.id,
             {tensor.data, tensor.type, tensor.rows, tensor.cols, rotated ? config_.head_dim : 0});
   }
@@ -110,7 +116,9 @@ class GgufModel final : public MappedModel {
     for (const auto& [name, tensor] : file_.tensors()) {
       if (!std::binary_search(names.begin(), names.end(), name)) {
         file_.Fail(fmt::format("tensor '{}'", name),
-                   "is not part of a dense llama model of this many layers; expected none such");
+                   fmt::format("is not part of a dense {} model of this many layers; expected none "
+                               "such",
+                               config_.architecture));
       }
     }
   }

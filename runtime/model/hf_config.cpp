@@ -1,5 +1,7 @@
 #include <fmt/format.h>
 
+#include <algorithm>
+
 #include "runtime/model/hf_model.h"
 #include "runtime/model/json_file.h"
 #include "runtime/model/mapped_model.h"
@@ -28,6 +30,34 @@ void ReadRope(const JsonObject& root, const std::string& path, ModelConfig& conf
   config.rope_scaling = scaling;
 }
 
+// A qwen config may let some of its layers slide: those it lists, or those from max_window_layers
+// on.
+int64_t QwenSlidingWindow(const JsonObject& root, int32_t layers) {
+  if (!root.BoolOr("use_sliding_window", false)) return 0;
+  int64_t sliding = 0;
+  if (const nlohmann::json* types = root.Find("layer_types"); types != nullptr) {
+    if (!types->is_array() || types->size() != static_cast<size_t>(layers)) {
+      root.Fail("layer_types", fmt::format("expected an array of {} names", layers));
+    }
+    for (const nlohmann::json& type : *types) {
+      if (type == "sliding_attention") {
+        ++sliding;
+      } else if (type != "full_attention") {
+        root.Fail("layer_types", "expected \"full_attention\" and \"sliding_attention\" alone");
+      }
+    }
+  } else {
+    const int64_t first = root.IntOr("max_window_layers", 28);
+    sliding = layers - std::clamp<int64_t>(first, 0, layers);
+  }
+  if (sliding == 0) return 0;
+  if (sliding != layers) {
+    root.Fail("use_sliding_window",
+              fmt::format("lets {} of {} layers slide; expected all or none", sliding, layers));
+  }
+  return root.IntOr("sliding_window", 4096);
+}
+
 }  // namespace
 
 ModelConfig HfConfig(const std::string& directory) {
@@ -36,12 +66,16 @@ ModelConfig HfConfig(const std::string& directory) {
   const JsonObject root(json, path);
   ModelConfig config;
   config.architecture = root.StringOr("model_type", "");
-  if (config.architecture != "llama" && config.architecture != "mistral") {
+  const bool qwen2 = config.architecture == "qwen2", qwen3 = config.architecture == "qwen3";
+  if (config.architecture != "llama" && config.architecture != "mistral" && !qwen2 && !qwen3) {
     root.Fail("model_type",
-              fmt::format("is \"{}\"; expected \"llama\" or \"mistral\"", config.architecture));
+              fmt::format("is \"{}\"; expected \"llama\", \"mistral\", \"qwen2\" or \"qwen3\"",
+                          config.architecture));
   }
+  config.qkv_bias = qwen2;
+  config.qk_norm = qwen3;
   for (const char* key : {"attention_bias", "mlp_bias"}) {
-    if (root.BoolOr(key, false)) root.Fail(key, "is true; expected a model without biases");
+    if (root.BoolOr(key, false)) root.Fail(key, "is true; expected a model without such biases");
   }
   if (const std::string act = root.StringOr("hidden_act", "silu"); act != "silu") {
     root.Fail("hidden_act", fmt::format("is \"{}\"; expected \"silu\"", act));
@@ -56,8 +90,11 @@ ModelConfig HfConfig(const std::string& directory) {
   config.norm_eps = static_cast<float>(root.NumberOr("rms_norm_eps", 1e-6));
   config.tied_embeddings = root.BoolOr("tie_word_embeddings", false);
   if (config.architecture == "mistral") config.sliding_window = root.IntOr("sliding_window", 0);
+  if (qwen2 || qwen3) config.sliding_window = QwenSlidingWindow(root, config.layers);
   if (root.Find("head_dim") != nullptr) {
     config.head_dim = root.Int32("head_dim");
+  } else if (qwen3) {
+    config.head_dim = 128;  // what the architecture has where nothing is said
   } else if (config.heads > 0 && config.hidden % config.heads == 0) {
     config.head_dim = config.hidden / config.heads;
   } else {

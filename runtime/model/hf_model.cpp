@@ -26,11 +26,13 @@ std::string TensorName(WeightId id) {
       break;
   }
   static constexpr std::array kNames = {
-      "input_layernorm",  "self_attn.q_proj", "self_attn.k_proj",
-      "self_attn.v_proj", "self_attn.o_proj", "post_attention_layernorm",
-      "mlp.gate_proj",    "mlp.up_proj",      "mlp.down_proj"};
+      "input_layernorm.weight",  "self_attn.q_proj.weight", "self_attn.k_proj.weight",
+      "self_attn.v_proj.weight", "self_attn.o_proj.weight", "post_attention_layernorm.weight",
+      "mlp.gate_proj.weight",    "mlp.up_proj.weight",      "mlp.down_proj.weight",
+      "self_attn.q_proj.bias",   "self_attn.k_proj.bias",   "self_attn.v_proj.bias",
+      "self_attn.q_norm.weight", "self_attn.k_norm.weight"};
   const size_t kind = static_cast<size_t>(id.kind) - static_cast<size_t>(WeightKind::kAttnNorm);
-  return fmt::format("model.layers.{}.{}.weight", id.layer, kNames[kind]);
+  return fmt::format("model.layers.{}.{}", id.layer, kNames[kind]);
 }
 
 // The files that hold weights: one, or those that the index names.
@@ -77,7 +79,9 @@ class HfModel final : public MappedModel {
     for (const auto& [name, place] : tensors_) {
       // Rotary frequencies are derived from the config; old files store them.
       if (!known.contains(name) && !name.ends_with(".rotary_emb.inv_freq")) {
-        Fail(name, "is not part of a dense llama model of this many layers; expected none such");
+        Fail(name, fmt::format("is not part of a dense {} model of this many layers; expected "
+                               "none such",
+                               config_.architecture));
       }
     }
     tokenizer_ = HfTokenizer(directory, config_.vocab);

@@ -14,7 +14,7 @@
 namespace passel::model {
 namespace {
 
-constexpr size_t kKinds = static_cast<size_t>(WeightKind::kDown) + 1;
+constexpr size_t kKinds = static_cast<size_t>(WeightKind::kKNorm) + 1;
 
 void Convert(const float* in, int64_t count, float* out) {
   std::memcpy(out, in, static_cast<size_t>(count) * sizeof(float));
@@ -69,7 +69,12 @@ std::string WeightName(WeightId id) {
                                                                   "ffn norm",
                                                                   "gate",
                                                                   "up",
-                                                                  "down"};
+                                                                  "down",
+                                                                  "q bias",
+                                                                  "k bias",
+                                                                  "v bias",
+                                                                  "q norm",
+                                                                  "k norm"};
   const auto kind = static_cast<size_t>(id.kind);
   if (id.kind <= WeightKind::kOutput) return std::string(kNames[kind]);
   return fmt::format("layer {} {}", id.layer, kNames[kind]);
@@ -90,6 +95,15 @@ std::vector<ExpectedWeight> ExpectedWeights(const ModelConfig& c) {
     out.push_back({{WeightKind::kGate, l}, c.ffn, c.hidden});
     out.push_back({{WeightKind::kUp, l}, c.ffn, c.hidden});
     out.push_back({{WeightKind::kDown, l}, c.hidden, c.ffn});
+    if (c.qkv_bias) {
+      out.push_back({{WeightKind::kQBias, l}, 1, q});
+      out.push_back({{WeightKind::kKBias, l}, 1, kv});
+      out.push_back({{WeightKind::kVBias, l}, 1, kv});
+    }
+    if (c.qk_norm) {
+      out.push_back({{WeightKind::kQNorm, l}, 1, c.head_dim});
+      out.push_back({{WeightKind::kKNorm, l}, 1, c.head_dim});
+    }
   }
   return out;
 }

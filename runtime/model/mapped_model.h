@@ -24,7 +24,7 @@ struct ExpectedWeight {
   WeightId id;
   int64_t rows, cols;
 };
-// Every weight of the architecture, in WeightIndex order; kOutput only where not tied.
+// Every weight of the architecture; kOutput only where not tied.
 std::vector<ExpectedWeight> ExpectedWeights(const ModelConfig& config);
 
 // Refuses what the transformer cannot serve: sizes out of range, heads that do not divide. Called

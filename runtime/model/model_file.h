@@ -19,7 +19,7 @@ struct RopeScaling {  // "llama3" or "linear"
 
 // Architecture of a decoder-only transformer of the llama family.
 struct ModelConfig {
-  std::string architecture;  // "llama", "mistral", …
+  std::string architecture;  // "llama", "mistral", "qwen2", "qwen3"
   int32_t layers = 0;
   int32_t hidden = 0;
   int32_t heads = 0;
@@ -35,6 +35,8 @@ struct ModelConfig {
   bool tied_embeddings = false;
   int64_t context_length = 0;
   int64_t sliding_window = 0;  // 0: none
+  bool qkv_bias = false;       // q, k, v += a bias (qwen2)
+  bool qk_norm = false;        // each head of q and k is normalised before RoPE (qwen3)
 };
 
 // head_dim/2 inverse frequencies, scaling applied.
@@ -53,6 +55,11 @@ enum class WeightKind {
   kGate,            // [ffn, hidden]
   kUp,              // [ffn, hidden]
   kDown,            // [hidden, ffn]
+  kQBias,           // [1, heads·head_dim], with qkv_bias
+  kKBias,           // [1, kv_heads·head_dim]
+  kVBias,           // [1, kv_heads·head_dim]
+  kQNorm,           // [1, head_dim], with qk_norm
+  kKNorm,           // [1, head_dim]
 };
 struct WeightId {
   WeightKind kind;

@@ -22,6 +22,8 @@ struct RowSegment {
 
 struct Layer {
   Tensor attn_norm, ffn_norm;
+  Tensor qkv_bias;  // [1, columns of qkv], empty where the architecture has none
+  Tensor qk_norm;   // [1, columns of q and k], a head's weight for every head; or empty
   std::unique_ptr<gpu::Linear> qkv, o, gate_up, down;
 };
 
@@ -60,14 +62,46 @@ struct Transformer::Impl {
     return {memory.back()->data(), type, rows, cols, cols};
   }
 
-  Tensor LoadNorm(WeightId id) {
-    std::vector<float> host(static_cast<size_t>(config.hidden));
-    file.Read(id, 0, 1, 0, config.hidden, host.data());
-    Tensor t = NewTensor(DType::kF32, 1, config.hidden, weights);
+  // Appends columns [first, first + count) of a weight of one row.
+  void ReadVector(WeightId id, int64_t first, int64_t count, std::vector<float>& to) const {
+    to.resize(to.size() + static_cast<size_t>(count));
+    file.Read(id, 0, 1, first, count, to.data() + to.size() - static_cast<size_t>(count));
+    Report(count);
+  }
+
+  Tensor Upload(const std::vector<float>& host) {
+    Tensor t = NewTensor(DType::kF32, 1, static_cast<int64_t>(host.size()), weights);
     device.CopyToDevice(t.data, host.data(), host.size() * sizeof(float));
     device.Record()->Wait();  // before `host` goes
-    Report(config.hidden);
     return t;
+  }
+
+  Tensor LoadNorm(WeightId id) {
+    std::vector<float> host;
+    ReadVector(id, 0, config.hidden, host);
+    return Upload(host);
+  }
+
+  Tensor LoadQkvBias(int32_t layer) {
+    const int64_t dim = config.head_dim;
+    std::vector<float> host;
+    ReadVector({WeightKind::kQBias, layer}, slice.first_head * dim, slice.heads * dim, host);
+    for (const WeightKind kind : {WeightKind::kKBias, WeightKind::kVBias}) {
+      ReadVector({kind, layer}, slice.first_kv_head * dim, slice.kv_heads * dim, host);
+    }
+    return Upload(host);
+  }
+
+  // A head's weights once for every head, so that one operation does for q and k.
+  Tensor LoadQkNorm(int32_t layer) {
+    std::vector<float> host;
+    for (const auto& [kind, heads] : {std::pair(WeightKind::kQNorm, slice.heads),
+                                      std::pair(WeightKind::kKNorm, slice.kv_heads)}) {
+      std::vector<float> head;
+      ReadVector({kind, layer}, 0, config.head_dim, head);
+      for (int32_t h = 0; h < heads; ++h) host.insert(host.end(), head.begin(), head.end());
+    }
+    return Upload(host);
   }
 
   // Rows of several weights, one after another, all columns.
@@ -130,6 +164,8 @@ struct Transformer::Impl {
           {{WeightKind::kK, l}, slice.first_kv_head * dim, slice.kv_heads * dim},
           {{WeightKind::kV, l}, slice.first_kv_head * dim, slice.kv_heads * dim},
       });
+      if (config.qkv_bias) layer.qkv_bias = LoadQkvBias(l);
+      if (config.qk_norm) layer.qk_norm = LoadQkNorm(l);
       layer.o = LoadCols({WeightKind::kO, l}, slice.first_head * dim, slice.heads * dim);
       layer.gate_up = LoadRows({{{WeightKind::kGate, l}, slice.first_ffn, slice.ffn},
                                 {{WeightKind::kUp, l}, slice.first_ffn, slice.ffn}});
@@ -245,7 +281,12 @@ void Transformer::BeforeAttention(int32_t layer, Activations& a,
   const Layer& w = m.layers[static_cast<size_t>(layer)];
   m.device.AddRmsNorm(a.hidden, {}, w.attn_norm, m.config.norm_eps, a.normed);
   m.device.MatMul(*w.qkv, a.normed, a.qkv);
-  m.device.Rope(a.qkv.Cols(0, a.q.cols + a.k.cols), m.config.head_dim, m.inv_freq, positions);
+  if (w.qkv_bias.data != nullptr) m.device.Add(a.qkv, w.qkv_bias);
+  const Tensor qk = a.qkv.Cols(0, a.q.cols + a.k.cols);
+  if (w.qk_norm.data != nullptr) {
+    m.device.HeadRmsNorm(qk, m.config.head_dim, w.qk_norm, m.config.norm_eps);
+  }
+  m.device.Rope(qk, m.config.head_dim, m.inv_freq, positions);
 }
 
 void Transformer::AfterAttention(int32_t layer, Activations& a) const {

@@ -63,7 +63,8 @@ class Transformer {
 
   // hidden = embedding of ids; sets n.
   void Embed(Activations& a, std::span<const int32_t> ids) const;
-  // Norm, QKV, RoPE: fills q, k, v of rows [0, n). positions: [n].
+  // Norm, QKV (with bias or head norms where the architecture has them), RoPE: fills q, k, v of
+  // rows [0, n). positions: [n].
   void BeforeAttention(int32_t layer, Activations& a, std::span<const int64_t> positions) const;
   // O-projection of `attention`, residual, norm, MLP, residual.
   void AfterAttention(int32_t layer, Activations& a) const;

@@ -19,6 +19,10 @@ int main(int argc, char** argv) {
   };
   write("gguf", "byte_level", TinyModel::Gguf(false).Encode());
   write("gguf", "sentence_piece", TinyModel::Gguf(true).Encode());
+  for (const char* architecture : {"qwen2", "qwen3"}) {
+    write("gguf", architecture, TinyModel::Gguf(false, architecture).Encode());
+    write("config_json", architecture, TinyModel::QwenConfig(architecture).dump());
+  }
   write("safetensors", "model",
         passel::Bytes().Text(TinyModel::SafetensorsHeader().dump()).str() +
             TinyModel::SafetensorsData());

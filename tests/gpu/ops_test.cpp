@@ -57,6 +57,58 @@ TEST(AddRmsNorm, EqualsFloat64) {
   }
 }
 
+// (heads, head_dim)
+class HeadRmsNorm : public testing::TestWithParam<std::tuple<int64_t, int32_t>> {};
+
+TEST_P(HeadRmsNorm, EqualsFloat64) {
+  const auto [heads, dim] = GetParam();
+  const auto device = MakeDevice();
+  Random random(16);
+  const int64_t cols = heads * dim, beside = 19;
+  const auto w = RandomFloats(random, cols);
+  DeviceMatrix weight(*device, DType::kF32, 1, cols);
+  weight.Set(w);
+  for (const int64_t n : kRows) {
+    const auto x = RandomFloats(random, n * (cols + beside), 3);
+    DeviceMatrix in(*device, DType::kF32, n, cols + beside, 5);
+    in.Set(x);
+    device->HeadRmsNorm(in.tensor.Cols(0, cols), dim, weight.tensor, 1e-5f);
+    const auto y = in.Get();
+    for (int64_t i = 0; i < n; ++i) {
+      for (int64_t h = 0; h < cols; h += dim) {
+        double squares = 0;
+        for (int64_t j = h; j < h + dim; ++j) {
+          const auto value = static_cast<double>(x[At(i, j, cols + beside)]);
+          squares += value * value;
+        }
+        const double scale = 1 / std::sqrt(squares / dim + 1e-5);
+        for (int64_t j = h; j < h + dim; ++j) {
+          const double exact = static_cast<double>(x[At(i, j, cols + beside)]) * scale *
+                               static_cast<double>(w[static_cast<size_t>(j)]);
+          ASSERT_NEAR(static_cast<double>(y[At(i, j, cols + beside)]), exact,
+                      2e-6 * std::abs(exact) + 1e-12);
+        }
+      }
+      for (int64_t j = cols; j < cols + beside; ++j) {  // what lies beside stays
+        ASSERT_EQ(y[At(i, j, cols + beside)], x[At(i, j, cols + beside)]);
+      }
+    }
+    // A row's bits do not depend on the batch.
+    DeviceMatrix alone(*device, DType::kF32, 1, cols);
+    alone.Set(std::span(x).subspan(At(n - 1, 0, cols + beside), static_cast<size_t>(cols)));
+    device->HeadRmsNorm(alone.tensor, dim, weight.tensor, 1e-5f);
+    const auto last = alone.Get();
+    EXPECT_TRUE(std::equal(last.begin(), last.end(), y.begin() + (n - 1) * (cols + beside)));
+  }
+  EXPECT_THROW(device->HeadRmsNorm(weight.tensor, dim + 1, weight.tensor, 1e-5f), Error);
+  EXPECT_THROW(device->HeadRmsNorm(weight.tensor, dim, weight.tensor.Cols(0, cols - 1), 1e-5f),
+               Error);
+}
+
+INSTANTIATE_TEST_SUITE_P(Shapes, HeadRmsNorm,
+                         testing::Values(std::tuple(1, 16), std::tuple(5, 48), std::tuple(9, 80),
+                                         std::tuple(40, 128), std::tuple(3, 256)));
+
 TEST(SiluMul, EqualsFloat64) {
   const auto device = MakeDevice();
   Random random(2);
@@ -171,6 +223,11 @@ TEST(Add, Adds) {
   device->Add(into.tensor, delta.tensor);
   const auto sum = into.Get();
   for (size_t i = 0; i < sum.size(); ++i) ASSERT_EQ(sum[i], x[i] + y[i]);
+  // One row to all: a bias.
+  device->Add(into.tensor, delta.tensor.Rows(2, 1));
+  const auto biased = into.Get();
+  for (size_t i = 0; i < sum.size(); ++i) ASSERT_EQ(biased[i], sum[i] + y[2 * 37 + i % 37]);
+  EXPECT_THROW(device->Add(into.tensor, delta.tensor.Rows(2, 2)), Error);
 }
 
 TEST(ColumnMean, EqualsFloat64) {

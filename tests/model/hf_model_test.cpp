@@ -8,9 +8,7 @@
 #include <nlohmann/json.hpp>
 
 #include "runtime/base/error.h"
-#include "runtime/base/random.h"
 #include "runtime/model/model_file.h"
-#include "runtime/model/safetensors.h"
 #include "tests/model/gguf_writer.h"
 
 namespace passel::model {
@@ -171,6 +169,83 @@ TEST_F(HfModelTest, TiedEmbeddingsAndScaledRope) {
   EXPECT_EQ(At(*file, WeightKind::kOutput, 4, 5), Value(4, 5));
 }
 
+TEST_F(HfModelTest, ReadsQwen) {
+  const std::string attention = "model.layers.0.self_attn.";
+  std::vector<Matrix> biases = Weights(), norms = Weights();
+  biases.push_back({attention + "q_proj.bias", 1, kHeads * kDim});
+  biases.push_back({attention + "k_proj.bias", 1, kKvHeads * kDim});
+  biases.push_back({attention + "v_proj.bias", 1, kKvHeads * kDim});
+  norms.push_back({attention + "q_norm.weight", 1, kDim});
+  norms.push_back({attention + "k_norm.weight", 1, kDim});
+  json config = Config();
+  config["sliding_window"] = 64;  // not used unless the config says so
+  config["model_type"] = "qwen2";
+  Write("config.json", config.dump());
+  Write("model.safetensors", Safetensors(biases));
+  auto file = Open();
+  EXPECT_TRUE(file->config().qkv_bias && !file->config().qk_norm);
+  EXPECT_EQ(file->config().sliding_window, 0);
+  EXPECT_EQ(At(*file, WeightKind::kQBias, 0, 47), Value(0, 47));
+  EXPECT_EQ(At(*file, WeightKind::kVBias, 0, 15), Value(0, 15));
+  EXPECT_THROW(At(*file, WeightKind::kQNorm, 0, 0), Error);
+  Write("model.safetensors", Safetensors(norms));
+  ExpectRefused("self_attn.q_proj.bias': is missing; expected [1, 48]");
+  biases.back().cols = 17;
+  Write("model.safetensors", Safetensors(biases));
+  ExpectRefused("self_attn.v_proj.bias': is [1, 17]; expected [1, 16]");
+
+  config["model_type"] = "qwen3";
+  Write("config.json", config.dump());
+  ExpectRefused("self_attn.q_norm.weight': is missing; expected [1, 16]");
+  Write("model.safetensors", Safetensors(norms));
+  file = Open();
+  EXPECT_TRUE(file->config().qk_norm && !file->config().qkv_bias);
+  EXPECT_EQ(At(*file, WeightKind::kKNorm, 0, 15), Value(0, 15));
+  norms.push_back({attention + "q_proj.bias", 1, kHeads * kDim});
+  Write("model.safetensors", Safetensors(norms));
+  ExpectRefused("q_proj.bias': is not part of a dense qwen3 model");
+  config.erase("head_dim");
+  Write("config.json", config.dump());
+  ExpectRefused("expected [384, 24]");  // the architecture's 128
+}
+
+TEST_F(HfModelTest, QwenLayersSlideAllOrNone) {
+  std::vector<Matrix> weights = Weights();
+  for (const char* name : {"q_norm", "k_norm"}) {
+    weights.push_back({std::string("model.layers.0.self_attn.") + name + ".weight", 1, kDim});
+  }
+  Write("model.safetensors", Safetensors(weights));
+  json config = Config();
+  config["model_type"] = "qwen3";
+  config["use_sliding_window"] = true;
+  const auto window = [&](const char* key, const json& value) {
+    config[key] = value;
+    Write("config.json", config.dump());
+    return Open()->config().sliding_window;
+  };
+  EXPECT_EQ(window("max_window_layers", 0), 4096);
+  EXPECT_EQ(window("sliding_window", 48), 48);
+  EXPECT_EQ(window("max_window_layers", -5), 48);
+  EXPECT_EQ(window("max_window_layers", 1), 0);
+  EXPECT_EQ(window("max_window_layers", INT64_MAX), 0);
+  EXPECT_EQ(window("layer_types", {"sliding_attention"}), 48);
+  EXPECT_EQ(window("layer_types", {"full_attention"}), 0);
+  EXPECT_EQ(window("use_sliding_window", false), 0);
+  config["use_sliding_window"] = true;
+  const auto refused = [&](const char* key, const json& value, const std::string& part) {
+    config[key] = value;
+    Write("config.json", config.dump());
+    ExpectRefused(part);
+  };
+  refused("layer_types", json{"linear_attention"}, "layer_types");
+  refused("layer_types", json{"full_attention", "full_attention"}, "an array of 1 names");
+  refused("layer_types", 7, "layer_types");
+  config["num_hidden_layers"] = 2;
+  refused("layer_types", json{"full_attention", "sliding_attention"}, "lets 1 of 2 layers slide");
+  config.erase("layer_types");
+  refused("max_window_layers", 1, "lets 1 of 2 layers slide");
+}
+
 TEST_F(HfModelTest, RefusesConfigsItCannotServe) {
   Write("model.safetensors", Safetensors(Weights()));
   ExpectRefused("config.json");
@@ -214,79 +289,6 @@ TEST_F(HfModelTest, RefusesWeightsThatDoNotFit) {
   weights.push_back({"model.layers.0.self_attn.q_proj.bias", 1, kHeads * kDim});
   Write("model.safetensors", Safetensors(weights));
   ExpectRefused("q_proj.bias");
-}
-
-// Expects Error{kModel} of a file with this header and data.
-void ExpectHeaderRefused(const std::string& header, const std::string& data,
-                         const std::string& part) {
-  const TempPath path(".safetensors", WithHeader(header, data));
-  try {
-    SafetensorsFile file(path.str());
-    FAIL() << "expected an error with \"" << part << "\"";
-  } catch (const Error& e) {
-    EXPECT_EQ(e.error_class(), ErrorClass::kModel);
-    EXPECT_NE(std::string(e.what()).find(part), std::string::npos) << e.what();
-  }
-}
-
-std::string Entry(const std::string& shape, const std::string& offsets,
-                  const std::string& dtype = "F32") {
-  return R"({"dtype":")" + dtype + R"(","shape":)" + shape + R"(,"data_offsets":)" + offsets + "}";
-}
-
-TEST(Safetensors, RefusesHostileHeaders) {
-  const std::string data(16, 'x');
-  const auto one = [](const std::string& entry) { return "{\"a\":" + entry + "}"; };
-  ExpectHeaderRefused("[]", "", "JSON object");
-  ExpectHeaderRefused("{", "", "expected JSON");
-  ExpectHeaderRefused("{} {}", "", "expected JSON");
-  ExpectHeaderRefused(one(Entry("[4]", "[0,16]", "F33")), data, "F33");
-  ExpectHeaderRefused(one(Entry("[-4]", "[0,16]")), data, "shape");
-  ExpectHeaderRefused(one(Entry("[4.0]", "[0,16]")), data, "shape");
-  ExpectHeaderRefused(one(Entry("[1,1,1,1,1,1,1,1,4]", "[0,16]")), data, "shape");
-  ExpectHeaderRefused(one(Entry("[5]", "[0,16]")), data, "spans 16 bytes");
-  ExpectHeaderRefused(one(Entry("[4]", "[0,17]")), data, "within");
-  ExpectHeaderRefused(one(Entry("[4]", "[16,0]")), data, "within");
-  ExpectHeaderRefused(one(Entry("[4]", "[0]")), data, "two sizes");
-  ExpectHeaderRefused(one(Entry("[3]", "[4,16]")), data, "begins at 4");
-  ExpectHeaderRefused(one(Entry("[3]", "[0,12]")), data, "16 bytes of data");
-  // 2^62 · 4 and 2^32 · 2^32 wrap to 0.
-  ExpectHeaderRefused(one(Entry("[4611686018427387904]", "[0,0]")), "", "spans");
-  ExpectHeaderRefused(one(Entry("[4294967296,4294967296]", "[0,0]")), "", "spans");
-  ExpectHeaderRefused("{\"a\":" + Entry("[2]", "[0,8]") + ",\"b\":" + Entry("[3]", "[4,16]") + "}",
-                      data, "begins at 4");
-  ExpectHeaderRefused("{\"a\":" + Entry("[4]", "[0,16]") + ",\"a\":" + Entry("[4]", "[0,16]") + "}",
-                      data, "given twice");
-  for (const uint64_t length : {uint64_t{3}, uint64_t{100'000'001}, ~uint64_t{0}}) {
-    const TempPath path(".safetensors", Bytes().Put(length).str());
-    EXPECT_THROW(SafetensorsFile file(path.str()), Error);
-  }
-}
-
-TEST(Safetensors, TruncatedAndCorruptFilesNeverCrash) {
-  const std::string whole = WithHeader(
-      "{\"a\":" + Entry("[2,2]", "[0,16]") + ",\"b\":" + Entry("[1]", "[16,18]", "F16") + "}",
-      std::string(18, 'x'));
-  {
-    const TempPath path(".safetensors", whole);
-    EXPECT_EQ(SafetensorsFile(path.str()).tensors().at("a").rows, 2);
-  }
-  for (size_t size = 0; size < whole.size(); ++size) {
-    const TempPath path(".safetensors", whole.substr(0, size));
-    EXPECT_THROW(SafetensorsFile file(path.str()), Error) << size;
-  }
-  Random random(8);
-  for (int trial = 0; trial < 3000; ++trial) {
-    std::string bytes = whole;
-    bytes[random.Next() % bytes.size()] = static_cast<char>(random.Next());
-    const TempPath path(".safetensors", bytes);
-    try {
-      const SafetensorsFile file(path.str());
-      EXPECT_EQ(file.tensor_bytes(), 18u);
-    } catch (const Error& e) {
-      EXPECT_EQ(e.error_class(), ErrorClass::kModel);
-    }
-  }
 }
 
 json TokenizerJson() {

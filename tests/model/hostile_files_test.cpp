@@ -23,11 +23,16 @@ class Directory {
   }
   void Restore() const {
     Write("config.json", TinyModel::Config().dump());
-    Write("model.safetensors", Safetensors(TinyModel::SafetensorsHeader().dump()));
+    WriteWeights("llama");
     Write("tokenizer.json", TinyModel::Tokenizer().dump());
   }
   void Write(const std::string& name, const std::string& content) const {
     WriteFile(path_.str() + "/" + name, content);
+  }
+  void WriteWeights(const std::string& architecture) const {
+    Write("model.safetensors",
+          Bytes().Text(TinyModel::SafetensorsHeader(architecture).dump()).str() +
+              TinyModel::SafetensorsData(architecture));
   }
   void Remove(const std::string& name) const { std::filesystem::remove(path_.str() + "/" + name); }
   static std::string Safetensors(const std::string& header) {
@@ -149,6 +154,14 @@ TEST_F(HostileFiles, ConfigJson) {
   Random random(1);
   for (int i = 0; i < 1500; ++i)
     use(Damage(good, good.size(), random), "damage " + std::to_string(i));
+  for (const char* architecture : {"qwen2", "qwen3"}) {
+    const int opened = tally.opened;
+    directory.WriteWeights(architecture);
+    const json config = TinyModel::QwenConfig(architecture);
+    use(config.dump(), architecture);
+    EXPECT_EQ(tally.opened, opened + 1);
+    MutateJson(config, use);
+  }
   Report("config.json", tally);
   EXPECT_GE(tally.files, 2000);
 }

@@ -68,8 +68,10 @@ TEST_F(HostileGguf, Header) {
   };
   int opened = 0;
   Random random(4);
-  for (const bool sentence_piece : {false, true}) {
-    const std::string good = TinyModel::Gguf(sentence_piece).Encode();
+  for (const auto& [sentence_piece, architecture] :
+       {std::pair(false, "llama"), std::pair(true, "llama"), std::pair(false, "qwen2"),
+        std::pair(false, "qwen3")}) {
+    const std::string good = TinyModel::Gguf(sentence_piece, architecture).Encode();
     use(good, "unchanged");
     ASSERT_GT(tally.opened, opened);
     const GgufFields fields(good);

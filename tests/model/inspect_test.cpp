@@ -42,6 +42,20 @@ TEST(Inspect, ReportsSizesAndWhatIsServed) {
       << report;
 }
 
+TEST(Inspect, TellsOfBiasesAndHeadNorms) {
+  std::string report = Inspect(TinyModel::Gguf(false, "qwen2"));
+  ExpectLine(report, "architecture        qwen2");
+  ExpectLine(report, "parameters          2064");  // three biases of 16 more
+  ExpectLine(report, "attention           1 heads, 1 KV heads, head dimension 16, biases");
+  ExpectLine(report, "sliding window      none");
+  report = Inspect(TinyModel::Gguf(false, "qwen3"));
+  ExpectLine(report, "architecture        qwen3");
+  ExpectLine(report, "parameters          2048");
+  ExpectLine(report,
+             "attention           1 heads, 1 KV heads, head dimension 16, heads of q and k "
+             "normalised");
+}
+
 TEST(Inspect, SaysWhyATokenizerIsNotServed) {
   GgufWriter writer = TinyModel::Gguf(false);
   for (std::string& value : writer.values) {

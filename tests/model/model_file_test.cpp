@@ -8,6 +8,7 @@
 #include "runtime/base/error.h"
 #include "tests/model/gguf_writer.h"
 #include "tests/model/test_model.h"
+#include "tests/model/tiny_model.h"
 
 namespace passel::model {
 namespace {
@@ -134,6 +135,42 @@ TEST(GgufModel, QueryAndKeyRowsComeInRotateHalfOrder) {
         }
       }
     }
+  }
+}
+
+TEST(GgufModel, QwenRowsLieInRotateHalfOrderAlready) {
+  for (const std::string architecture : {"qwen2", "qwen3"}) {
+    GgufWriter w = TinyModel::Gguf(false, architecture);
+    for (GgufWriter::Tensor& tensor : w.tensors) {
+      std::vector<float> values(tensor.data.size() / sizeof(float));
+      for (size_t i = 0; i < values.size(); ++i) values[i] = static_cast<float>(i);
+      std::memcpy(tensor.data.data(), values.data(), tensor.data.size());
+    }
+    const TempPath path(".gguf", w.Encode());
+    const auto file = ModelFile::Open(path.str());
+    EXPECT_EQ(file->config().architecture, architecture);
+    EXPECT_EQ(file->config().qkv_bias, architecture == "qwen2");
+    EXPECT_EQ(file->config().qk_norm, architecture == "qwen3");
+    EXPECT_EQ(file->config().sliding_window, 0);
+    EXPECT_EQ(file->config().rope_scaling->factor, 2);
+    std::vector<WeightKind> kinds = {WeightKind::kQ, WeightKind::kK};
+    if (architecture == "qwen2") {
+      kinds.insert(kinds.end(), {WeightKind::kQBias, WeightKind::kKBias, WeightKind::kVBias});
+    } else {
+      kinds.insert(kinds.end(), {WeightKind::kQNorm, WeightKind::kKNorm});
+    }
+    for (const WeightKind kind : kinds) {
+      const int64_t rows = kind <= WeightKind::kDown ? 16 : 1;
+      std::vector<float> values(static_cast<size_t>(rows * 16));
+      file->Read({kind, 0}, 0, rows, 0, 16, values.data());
+      for (size_t i = 0; i < values.size(); ++i) ASSERT_EQ(values[i], static_cast<float>(i));
+    }
+    const std::string last = w.tensors.back().name;
+    w.tensors.pop_back();
+    ExpectRefused(w, "'" + last + "': is missing; expected [1, 16]");
+    w = TinyModel::Gguf(false, architecture);
+    w.F32("blk.0.attn_output.bias", {16}, std::vector<float>(16));
+    ExpectRefused(w, "'blk.0.attn_output.bias': is not part of a dense " + architecture);
   }
 }
 

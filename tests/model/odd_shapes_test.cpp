@@ -1,4 +1,5 @@
-// Hugging Face directories of odd shapes against transformers in float32: tests/fixtures/README.md.
+// Hugging Face directories of odd shapes, and the same as GGUF ("_gguf"), against transformers in
+// float32: tests/fixtures/README.md.
 
 #include <gtest/gtest.h>
 
@@ -11,6 +12,7 @@
 #include "runtime/base/single_rank.h"
 #include "runtime/model/transformer.h"
 #include "tests/gpu/device_matrix.h"
+#include "tests/model/gguf_twin.h"
 #include "tests/model/reference_loop.h"
 #include "tests/model/thread_ranks.h"
 
@@ -65,11 +67,17 @@ std::vector<int64_t> Compare(ReferenceLoop& loop, const Expected& expected, doub
 class OddShapes : public testing::TestWithParam<const char*> {};
 
 TEST_P(OddShapes, LogitsMatchFloat32OnOneTwoAndThreeRanks) {
-  const std::string directory =
-      std::string(PASSEL_SOURCE_DIR "/tests/fixtures/odd_shapes/") + GetParam();
+  std::string directory = std::string(PASSEL_SOURCE_DIR "/tests/fixtures/odd_shapes/") + GetParam();
+  const bool as_gguf = directory.ends_with("_gguf");
+  if (as_gguf) directory.resize(directory.size() - 5);
   const Expected expected(directory);
   ASSERT_EQ(expected.logits.size(), 12u);
-  const auto file = ModelFile::Open(directory);
+  auto file = ModelFile::Open(directory);
+  const TempPath twin(".gguf");
+  if (as_gguf) {
+    std::ofstream(twin.str(), std::ios::binary) << GgufTwin(*file).Encode();
+    file = ModelFile::Open(twin.str());
+  }
   std::vector<int64_t> alone;
   for (const int ranks : {1, 2, 3}) {
     ThreadRanks(ranks).Run([&](Collectives& host) {
@@ -94,7 +102,9 @@ TEST_P(OddShapes, LogitsMatchFloat32OnOneTwoAndThreeRanks) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Models, OddShapes, testing::Values("llama3", "shards", "tied", "window"),
+INSTANTIATE_TEST_SUITE_P(Models, OddShapes,
+                         testing::Values("llama3", "shards", "tied", "window", "qwen2",
+                                         "qwen2_gguf", "qwen2_window", "qwen3", "qwen3_gguf"),
                          [](const auto& shape) { return std::string(shape.param); });
 
 }  // namespace

@@ -42,10 +42,22 @@ class RandomModel final : public ModelFile {
       std::vector<std::vector<double>> q, k, v;
       for (size_t i = 0; i < x.size(); ++i) {
         const auto normed = Norm(x[i], {WeightKind::kAttnNorm, l});
-        q.push_back(Rotate(Apply({WeightKind::kQ, l}, config_.heads * dim, normed), i, inv_freq));
-        k.push_back(
-            Rotate(Apply({WeightKind::kK, l}, config_.kv_heads * dim, normed), i, inv_freq));
+        auto query = Apply({WeightKind::kQ, l}, config_.heads * dim, normed);
+        auto key = Apply({WeightKind::kK, l}, config_.kv_heads * dim, normed);
         v.push_back(Apply({WeightKind::kV, l}, config_.kv_heads * dim, normed));
+        if (config_.qkv_bias) {
+          for (const auto& [values, kind] :
+               {std::pair(&query, WeightKind::kQBias), std::pair(&key, WeightKind::kKBias),
+                std::pair(&v.back(), WeightKind::kVBias)}) {
+            Add(*values, Row({kind, l}, 0, static_cast<int64_t>(values->size())));
+          }
+        }
+        if (config_.qk_norm) {
+          query = HeadNorm(query, {WeightKind::kQNorm, l});
+          key = HeadNorm(key, {WeightKind::kKNorm, l});
+        }
+        q.push_back(Rotate(query, i, inv_freq));
+        k.push_back(Rotate(key, i, inv_freq));
       }
       for (size_t i = 0; i < x.size(); ++i) {
         Add(x[i], Apply({WeightKind::kO, l}, hidden, Attend(q[i], k, v, i)));
@@ -73,7 +85,8 @@ class RandomModel final : public ModelFile {
     Random random(HashBytes(name, sizeof(name), seed_));
     const double uniform = 2 * random.Uniform() - 1;
     const bool norm = id.kind == WeightKind::kAttnNorm || id.kind == WeightKind::kFfnNorm ||
-                      id.kind == WeightKind::kOutputNorm;
+                      id.kind == WeightKind::kOutputNorm || id.kind == WeightKind::kQNorm ||
+                      id.kind == WeightKind::kKNorm;
     const double value =
         norm ? 1 + 0.3 * uniform : uniform * (id.kind == WeightKind::kTokenEmbedding ? 1.5 : 0.2);
     return ToFloat(ToBf16(static_cast<float>(value)));
@@ -104,6 +117,15 @@ class RandomModel final : public ModelFile {
                                        static_cast<double>(config_.norm_eps));
     Vector y = Row(id, 0, static_cast<int64_t>(x.size()));
     for (size_t j = 0; j < y.size(); ++j) y[j] *= x[j] * scale;
+    return y;
+  }
+
+  Vector HeadNorm(const Vector& x, WeightId id) const {
+    Vector y;
+    for (auto head = x.begin(); head != x.end(); head += config_.head_dim) {
+      const Vector normed = Norm(Vector(head, head + config_.head_dim), id);
+      y.insert(y.end(), normed.begin(), normed.end());
+    }
     return y;
   }
 

@@ -19,19 +19,42 @@ struct TinyModel {
     std::string hf, gguf;
     uint64_t rows, cols;
   };
-  static std::vector<Weight> Weights() {
+  static std::vector<Weight> Weights(const std::string& architecture = "llama") {
     const std::string l = "model.layers.0.", b = "blk.0.";
-    return {{"model.embed_tokens.weight", "token_embd.weight", kVocab, kHidden},
-            {"model.norm.weight", "output_norm.weight", 1, kHidden},
-            {l + "input_layernorm.weight", b + "attn_norm.weight", 1, kHidden},
-            {l + "self_attn.q_proj.weight", b + "attn_q.weight", kHidden, kHidden},
-            {l + "self_attn.k_proj.weight", b + "attn_k.weight", kHidden, kHidden},
-            {l + "self_attn.v_proj.weight", b + "attn_v.weight", kHidden, kHidden},
-            {l + "self_attn.o_proj.weight", b + "attn_output.weight", kHidden, kHidden},
-            {l + "post_attention_layernorm.weight", b + "ffn_norm.weight", 1, kHidden},
-            {l + "mlp.gate_proj.weight", b + "ffn_gate.weight", kHidden, kHidden},
-            {l + "mlp.up_proj.weight", b + "ffn_up.weight", kHidden, kHidden},
-            {l + "mlp.down_proj.weight", b + "ffn_down.weight", kHidden, kHidden}};
+    std::vector<Weight> weights = {
+        {"model.embed_tokens.weight", "token_embd.weight", kVocab, kHidden},
+        {"model.norm.weight", "output_norm.weight", 1, kHidden},
+        {l + "input_layernorm.weight", b + "attn_norm.weight", 1, kHidden},
+        {l + "self_attn.q_proj.weight", b + "attn_q.weight", kHidden, kHidden},
+        {l + "self_attn.k_proj.weight", b + "attn_k.weight", kHidden, kHidden},
+        {l + "self_attn.v_proj.weight", b + "attn_v.weight", kHidden, kHidden},
+        {l + "self_attn.o_proj.weight", b + "attn_output.weight", kHidden, kHidden},
+        {l + "post_attention_layernorm.weight", b + "ffn_norm.weight", 1, kHidden},
+        {l + "mlp.gate_proj.weight", b + "ffn_gate.weight", kHidden, kHidden},
+        {l + "mlp.up_proj.weight", b + "ffn_up.weight", kHidden, kHidden},
+        {l + "mlp.down_proj.weight", b + "ffn_down.weight", kHidden, kHidden}};
+    if (architecture == "qwen2") {
+      for (const std::string x : {"q", "k", "v"}) {
+        weights.push_back(
+            {l + "self_attn." + x + "_proj.bias", b + "attn_" + x + ".bias", 1, kHidden});
+      }
+    } else if (architecture == "qwen3") {
+      for (const std::string x : {"q", "k"}) {
+        weights.push_back(
+            {l + "self_attn." + x + "_norm.weight", b + "attn_" + x + "_norm.weight", 1, kHidden});
+      }
+    }
+    return weights;
+  }
+
+  // All layers slide.
+  static nlohmann::json QwenConfig(const std::string& architecture) {
+    nlohmann::json config = Config();
+    config["model_type"] = architecture;
+    config["use_sliding_window"] = true;
+    config["max_window_layers"] = 0;
+    config["layer_types"] = {"sliding_attention"};
+    return config;
   }
 
   static nlohmann::json Config() {
@@ -61,10 +84,10 @@ struct TinyModel {
   }
 
   // Header and data of the weights as BF16.
-  static nlohmann::json SafetensorsHeader() {
+  static nlohmann::json SafetensorsHeader(const std::string& architecture = "llama") {
     nlohmann::json header = {{"__metadata__", {{"format", "pt"}}}};
     uint64_t at = 0;
-    for (const Weight& w : Weights()) {
+    for (const Weight& w : Weights(architecture)) {
       const uint64_t end = at + 2 * w.rows * w.cols;
       const auto shape = w.rows == 1 ? nlohmann::json{w.cols} : nlohmann::json{w.rows, w.cols};
       header[w.hf] = {{"dtype", "BF16"}, {"shape", shape}, {"data_offsets", {at, end}}};
@@ -72,9 +95,9 @@ struct TinyModel {
     }
     return header;
   }
-  static std::string SafetensorsData() {
+  static std::string SafetensorsData(const std::string& architecture = "llama") {
     uint64_t bytes = 0;
-    for (const Weight& w : Weights()) bytes += 2 * w.rows * w.cols;
+    for (const Weight& w : Weights(architecture)) bytes += 2 * w.rows * w.cols;
     return std::string(bytes, '\0');
   }
 
@@ -122,23 +145,24 @@ struct TinyModel {
   }
 
   // The same as GGUF. `sentence_piece`: scores instead of merges.
-  static GgufWriter Gguf(bool sentence_piece) {
+  static GgufWriter Gguf(bool sentence_piece, const std::string& architecture = "llama") {
+    const std::string prefix = architecture + ".";
     GgufWriter w;
-    w.String("general.architecture", "llama");
+    w.String("general.architecture", architecture);
     w.Uint32("general.alignment", 32);
     for (const char* key : {"embedding_length", "feed_forward_length", "attention.key_length",
                             "attention.value_length", "rope.dimension_count"}) {
-      w.Uint32(std::string("llama.") + key, kHidden);
+      w.Uint32(prefix + key, kHidden);
     }
     for (const char* key : {"block_count", "attention.head_count", "attention.head_count_kv"}) {
-      w.Uint32(std::string("llama.") + key, 1);
+      w.Uint32(prefix + key, 1);
     }
-    w.Uint32("llama.context_length", 64);
-    w.Uint32("llama.attention.sliding_window", 32);
-    w.Float("llama.attention.layer_norm_rms_epsilon", 1e-5f);
-    w.Float("llama.rope.freq_base", 1e6f);
-    w.String("llama.rope.scaling.type", "linear");
-    w.Float("llama.rope.scaling.factor", 2);
+    w.Uint32(prefix + "context_length", 64);
+    w.Uint32(prefix + "attention.sliding_window", 32);
+    w.Float(prefix + "attention.layer_norm_rms_epsilon", 1e-5f);
+    w.Float(prefix + "rope.freq_base", 1e6f);
+    w.String(prefix + "rope.scaling.type", "linear");
+    w.Float(prefix + "rope.scaling.factor", 2);
     w.String("tokenizer.ggml.model", sentence_piece ? "llama" : "gpt2");
     w.String("tokenizer.ggml.pre", sentence_piece ? "default" : "llama-bpe");
     w.Strings("tokenizer.ggml.tokens",
@@ -152,7 +176,7 @@ struct TinyModel {
     w.Uint32("tokenizer.ggml.bos_token_id", 1);
     w.Uint32("tokenizer.ggml.eos_token_id", 2);
     w.Uint32("tokenizer.ggml.unknown_token_id", 10);
-    for (const Weight& weight : Weights()) {
+    for (const Weight& weight : Weights(architecture)) {
       const std::vector<uint64_t> dims = weight.rows == 1
                                              ? std::vector<uint64_t>{weight.cols}
                                              : std::vector<uint64_t>{weight.cols, weight.rows};

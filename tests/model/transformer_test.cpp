@@ -45,13 +45,18 @@ double RelativeError(const std::vector<float>& got, const std::vector<double>& e
 const std::vector<int32_t> kPrompt = {5, 332, 0, 77, 200, 64, 63, 128, 9, 31, 250};
 constexpr size_t kPrefilled = 7;  // the rest is decoded
 
-// (heads, KV heads, head_dim, tied, ranks)
+// (heads, KV heads, head_dim, tied, ranks, architecture)
 class RandomWeights
-    : public testing::TestWithParam<std::tuple<int32_t, int32_t, int32_t, bool, int>> {};
+    : public testing::TestWithParam<std::tuple<int32_t, int32_t, int32_t, bool, int, const char*>> {
+};
 
 TEST_P(RandomWeights, LogitsEqualFloat64OnEveryRank) {
-  const auto [heads, kv_heads, head_dim, tied, ranks] = GetParam();
-  const RandomModel model(Shape(heads, kv_heads, head_dim, tied), 5);
+  const auto [heads, kv_heads, head_dim, tied, ranks, architecture] = GetParam();
+  ModelConfig config = Shape(heads, kv_heads, head_dim, tied);
+  config.architecture = architecture;
+  config.qkv_bias = config.architecture == "qwen2";
+  config.qk_norm = config.architecture == "qwen3";
+  const RandomModel model(config, 5);
   const auto exact_prefill = model.Forward(std::span(kPrompt).first(kPrefilled));
   const auto exact = model.Forward(kPrompt);
   std::vector<std::vector<float>> logits(static_cast<size_t>(ranks));
@@ -73,10 +78,12 @@ TEST_P(RandomWeights, LogitsEqualFloat64OnEveryRank) {
 
 INSTANTIATE_TEST_SUITE_P(
     Shapes, RandomWeights,
-    testing::Values(std::tuple(9, 3, 16, true, 1), std::tuple(9, 3, 16, false, 2),
-                    std::tuple(9, 3, 48, true, 3), std::tuple(9, 3, 32, true, 4),
-                    std::tuple(8, 2, 80, false, 5), std::tuple(4, 1, 64, true, 4),
-                    std::tuple(2, 2, 16, false, 1)));
+    testing::Values(std::tuple(9, 3, 16, true, 1, "llama"), std::tuple(9, 3, 16, false, 2, "llama"),
+                    std::tuple(9, 3, 48, true, 3, "llama"), std::tuple(9, 3, 32, true, 4, "llama"),
+                    std::tuple(8, 2, 80, false, 5, "llama"), std::tuple(4, 1, 64, true, 4, "llama"),
+                    std::tuple(2, 2, 16, false, 1, "llama"), std::tuple(9, 3, 16, true, 2, "qwen2"),
+                    std::tuple(8, 2, 48, false, 5, "qwen2"), std::tuple(9, 3, 48, true, 1, "qwen3"),
+                    std::tuple(9, 3, 32, false, 4, "qwen3")));
 
 TEST(Transformer, DeterministicBitsDependOnNeitherBatchNorThreads) {
   const RandomModel model(Shape(9, 3, 32, true), 6);

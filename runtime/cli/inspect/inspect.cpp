@@ -61,7 +61,8 @@ std::string Rope(const model::ModelConfig& c) {
 void ReportConfig(const model::ModelFile& file, Report& report) {
   const model::ModelConfig& c = file.config();
   const int64_t q = int64_t{c.heads} * c.head_dim, kv = int64_t{c.kv_heads} * c.head_dim;
-  const int64_t layer = c.hidden * (2 * q + 2 * kv + 3 * int64_t{c.ffn} + 2);
+  const int64_t layer = c.hidden * (2 * q + 2 * kv + 3 * int64_t{c.ffn} + 2) +
+                        (c.qkv_bias ? q + 2 * kv : 0) + (c.qk_norm ? 2 * c.head_dim : 0);
   const int64_t parameters =
       c.layers * layer + c.hidden * ((c.tied_embeddings ? 1 : 2) * int64_t{c.vocab} + 1);
   report.Line("architecture", c.architecture);
@@ -71,8 +72,9 @@ void ReportConfig(const model::ModelFile& file, Report& report) {
   report.Line("layers", fmt::format("{}", c.layers));
   report.Line("hidden size", fmt::format("{}", c.hidden));
   report.Line("feed-forward size", fmt::format("{}", c.ffn));
-  report.Line("attention", fmt::format("{} heads, {} KV heads, head dimension {}", c.heads,
-                                       c.kv_heads, c.head_dim));
+  report.Line("attention", fmt::format("{} heads, {} KV heads, head dimension {}{}{}", c.heads,
+                                       c.kv_heads, c.head_dim, c.qkv_bias ? ", biases" : "",
+                                       c.qk_norm ? ", heads of q and k normalised" : ""));
   report.Line("vocabulary", fmt::format("{}{}", c.vocab,
                                         c.tied_embeddings ? ", output tied to the embedding" : ""));
   report.Line("RoPE", Rope(c));
