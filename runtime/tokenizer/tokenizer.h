@@ -45,8 +45,7 @@ struct TokenizerData {
   bool nfc = false;                 // byte-level: text is normalised to NFC first
   // What a special or added token asks for beyond its text.
   struct Added {
-    bool normalized =
-        false;  // found in normalised text (NFC, `spaces` where it normalizes), normalised itself
+    bool normalized = false;   // looked for, itself normalised, in normalised text
     bool lstrip = false;       // takes in the white space before it,
     bool rstrip = false;       // behind it
     bool single_word = false;  // does not count beside a letter or digit
