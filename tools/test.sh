@@ -2,7 +2,7 @@
 # Everything a change must pass, in the order of what fails fastest. Stops at the first failure.
 #
 #   PASSEL_TEST_STEPS="release asan"   runs only the named steps (default: all)
-#   PASSEL_FUZZ_SECONDS=60             how long each parser is fuzzed (default: 20)
+#   PASSEL_FUZZ_SECONDS=60             how long each parser is fuzzed (default: 60)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -60,13 +60,19 @@ if wants fuzz; then
   say "fuzzing the parsers of model files"
   build fuzz fuzz_targets
   build/fuzz/tests/fuzz/make_fuzz_corpus build/fuzz/corpus
-  for parser in gguf safetensors config_json tokenizer_json; do
-    # What was found in earlier runs is kept beside the corpus and goes on from there.
-    mkdir -p "build/fuzz/found/$parser"
-    "build/fuzz/tests/fuzz/fuzz_$parser" -max_total_time="${PASSEL_FUZZ_SECONDS-20}" -timeout=10 \
+  # What was found in earlier runs is kept beside the corpus and goes on from there.
+  fuzz() {
+    mkdir -p "build/fuzz/found/$1"
+    "build/fuzz/tests/fuzz/fuzz_$1" -max_total_time="${PASSEL_FUZZ_SECONDS-60}" -timeout=10 \
       -rss_limit_mb=1024 -max_len=16384 -print_final_stats=1 -verbosity=0 \
-      -artifact_prefix="build/fuzz/$parser-" "build/fuzz/found/$parser" "build/fuzz/corpus/$parser"
-  done
+      -artifact_prefix="build/fuzz/$1-" "build/fuzz/found/$1" "build/fuzz/corpus/$1" \
+      >"build/fuzz/$1.log" 2>&1 && tail -n 6 "build/fuzz/$1.log" && return
+    cat "build/fuzz/$1.log"
+    return 255  # xargs stops
+  }
+  export -f fuzz
+  printf '%s\n' gguf safetensors config_json tokenizer_json |
+    xargs -P "$jobs" -I{} bash -c 'fuzz {}'
 fi
 
 if wants nocuda; then
