@@ -13,19 +13,23 @@ float MaxAbs(const bf16* x, uint32_t n) {
   return m;
 }
 
-void Quantize(const bf16* x, uint32_t n, float scale, int8_t* out) {
-  const float inverse = scale > 0 ? 1.0f / scale : 0.0f;
-  for (uint32_t j = 0; j < n; ++j) {
-    const float y = std::nearbyint(ToFloat(x[j]) * inverse);
-    out[j] = static_cast<int8_t>(std::clamp(std::isnan(y) ? 0.0f : y, -127.0f, 127.0f));
-  }
+// x as a multiple of `step` in [lowest, highest].
+int QuantizeOne(bf16 x, float step, int lowest, int highest) {
+  const float y = step > 0 ? std::nearbyint(ToFloat(x) / step) : 0.0f;
+  return static_cast<int>(std::clamp(std::isnan(y) ? 0.0f : y, static_cast<float>(lowest),
+                                     static_cast<float>(highest)));
 }
+
+// Where the parts of an int8 row begin.
+constexpr size_t kInt8Keys = 2 * sizeof(float);
+size_t Int8HalfSteps(size_t head_dim) { return kInt8Keys + head_dim; }
+size_t Int8Values(size_t head_dim) { return Int8HalfSteps(head_dim) + head_dim / 8; }
 
 }  // namespace
 
 size_t RowStride(KvType type, uint32_t head_dim) {
   const size_t d = head_dim;
-  return type == KvType::kBf16 ? 4 * d : 2 * d + 2 * sizeof(float);
+  return type == KvType::kBf16 ? 4 * d : Int8Values(d) + d;
 }
 
 void StoreRow(KvType type, uint32_t head_dim, const bf16* kv, std::byte* row) {
@@ -35,9 +39,16 @@ void StoreRow(KvType type, uint32_t head_dim, const bf16* kv, std::byte* row) {
   }
   const float scales[2] = {MaxAbs(kv, head_dim) / 127.0f, MaxAbs(kv + head_dim, head_dim) / 127.0f};
   std::memcpy(row, scales, sizeof(scales));
-  auto* values = reinterpret_cast<int8_t*>(row + sizeof(scales));
-  Quantize(kv, head_dim, scales[0], values);
-  Quantize(kv + head_dim, head_dim, scales[1], values + head_dim);
+  auto* keys = reinterpret_cast<int8_t*>(row + kInt8Keys);
+  auto* half_steps = reinterpret_cast<uint8_t*>(row + Int8HalfSteps(head_dim));
+  auto* values = reinterpret_cast<int8_t*>(row + Int8Values(head_dim));
+  std::fill_n(half_steps, head_dim / 8, uint8_t{0});
+  for (uint32_t j = 0; j < head_dim; ++j) {
+    const int halves = QuantizeOne(kv[j], scales[0] / 2, -254, 255);
+    keys[j] = static_cast<int8_t>(halves >> 1);
+    half_steps[j / 8] = static_cast<uint8_t>(half_steps[j / 8] | (halves & 1) << (j % 8));
+    values[j] = static_cast<int8_t>(QuantizeOne(kv[head_dim + j], scales[1], -127, 127));
+  }
 }
 
 void LoadRow(const RowsView& rows, size_t index, float* k, float* v) {
@@ -53,10 +64,13 @@ void LoadRow(const RowsView& rows, size_t index, float* k, float* v) {
   }
   float scales[2];
   std::memcpy(scales, row, sizeof(scales));
-  const auto* x = reinterpret_cast<const int8_t*>(row + sizeof(scales));
+  const auto* keys = reinterpret_cast<const int8_t*>(row + kInt8Keys);
+  const auto* half_steps = reinterpret_cast<const uint8_t*>(row + Int8HalfSteps(d));
+  const auto* values = reinterpret_cast<const int8_t*>(row + Int8Values(d));
   for (uint32_t j = 0; j < d; ++j) {
-    k[j] = scales[0] * static_cast<float>(x[j]);
-    v[j] = scales[1] * static_cast<float>(x[d + j]);
+    const int halves = 2 * keys[j] + (half_steps[j / 8] >> (j % 8) & 1);
+    k[j] = scales[0] * 0.5f * static_cast<float>(halves);
+    v[j] = scales[1] * static_cast<float>(values[j]);
   }
 }
 

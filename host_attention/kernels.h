@@ -16,7 +16,9 @@ inline constexpr size_t kTableSlack = 128;
 
 // K and V rows of a run of tokens, `stride` bytes apart.
 //   kBf16: K [head_dim] then V [head_dim];
-//   kInt8: scale of K, scale of V (float32), K [head_dim], V [head_dim] as int8, x = scale · int8.
+//   kInt8: scale of K, scale of V (float32), K [head_dim] as int8, half steps of K [head_dim / 8]
+//     (bit j % 8 of byte j / 8 is element j's), V [head_dim] as int8: k = scale · (int8 + bit / 2),
+//     v = scale · int8. Scores need more than 8 bits, values do not (docs/performance.md).
 struct RowsView {
   const std::byte* data = nullptr;
   size_t stride = 0;

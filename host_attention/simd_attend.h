@@ -29,6 +29,8 @@ struct Bf16Rows {
   struct Part {
     const std::byte* p;
   };
+  using KPart = Part;
+  static size_t KBytes(uint32_t d) { return 2 * d; }
   static Part K(const std::byte* row, uint32_t) { return {row}; }
   static Part V(const std::byte* row, uint32_t d) { return {row + 2 * d}; }
   static F Times(Part, F x) { return x; }
@@ -53,13 +55,17 @@ struct Int8Rows {
     const std::byte* p;
     F scale;
   };
+  struct KPart : Part {
+    const std::byte* half_steps;
+  };
+  static size_t KBytes(uint32_t d) { return 8 + d + d / 8; }
   static Part Get(const std::byte* row, size_t scale_at, size_t values_at) {
     float scale;
     __builtin_memcpy(&scale, row + scale_at, sizeof(scale));
     return {row + values_at, Simd::Set1(scale)};
   }
-  static Part K(const std::byte* row, uint32_t) { return Get(row, 0, 8); }
-  static Part V(const std::byte* row, uint32_t d) { return Get(row, 4, 8 + d); }
+  static KPart K(const std::byte* row, uint32_t d) { return {Get(row, 0, 8), row + 8 + d}; }
+  static Part V(const std::byte* row, uint32_t d) { return Get(row, 4, KBytes(d)); }
   static F Times(const Part& part, F x) { return Simd::Mul(x, part.scale); }
   static F Minus(const Part& part, F x, F y) { return Simd::Fms(x, part.scale, y); }
   static void LoadUnscaled(const Part& part, uint32_t chunk, bool half, F* a, F* b) {
@@ -67,7 +73,14 @@ struct Int8Rows {
     *a = Simd::LoadInt8(p);
     *b = half ? Simd::Zero() : Simd::LoadInt8(p + Simd::kLanes);
   }
-  static void Load(const Part& part, uint32_t chunk, bool half, F* a, F* b) {
+  static void LoadUnscaled(const KPart& part, uint32_t chunk, bool half, F* a, F* b) {
+    LoadUnscaled(static_cast<const Part&>(part), chunk, half, a, b);
+    const std::byte* bits = part.half_steps + kChunk / 8 * chunk;
+    *a = Simd::AddHalves(*a, bits);
+    if (!half) *b = Simd::AddHalves(*b, bits + Simd::kLanes / 8);
+  }
+  template <class P>
+  static void Load(const P& part, uint32_t chunk, bool half, F* a, F* b) {
     LoadUnscaled(part, chunk, half, a, b);
     *a = Simd::Mul(*a, part.scale);
     *b = Simd::Mul(*b, part.scale);
@@ -122,7 +135,7 @@ inline void DotTile(const std::byte* const* rows, const S& s, const float* q, fl
   F acc[kTile];
 #pragma GCC unroll 16
   for (F& a : acc) a = Simd::Zero();
-  typename Rows::Part parts[kRows];
+  typename Rows::KPart parts[kRows];
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) parts[r] = Rows::K(rows[r], s.d);
   const auto chunk = [&](uint32_t c, bool half) __attribute__((always_inline)) {
@@ -155,7 +168,7 @@ inline void DotNormTile(const std::byte* const* rows, const std::byte* const* ne
   F acc[kTile], squares[kTile];
   for (int r = 0; r < kTile; ++r) {
     PrefetchBytes(next[r], next_bytes);
-    const typename Rows::Part part = Rows::K(rows[r], s.d);
+    const typename Rows::KPart part = Rows::K(rows[r], s.d);
     F dot0 = Simd::Zero(), dot1 = dot0, square0 = dot0, square1 = dot0;
     const auto chunk = [&](uint32_t c, bool half) __attribute__((always_inline)) {
       F a, b;
@@ -249,7 +262,7 @@ void AttendListOf(const RowsView& rows, const uint32_t* ids, size_t count, const
   const float q_norm2 = Simd::ReduceAdd(q_square);
   const F q_norm = Simd::Sqrt(Simd::Set1(q_norm2));
   const F scale = Simd::Div(Simd::Set1(1.0f), Simd::Sqrt(Simd::Set1(static_cast<float>(s.d))));
-  const size_t k_bytes = rows.stride / 2;
+  const size_t k_bytes = Rows::KBytes(s.d);
   const std::byte* tile[2 * kTile];  // this tile's rows and the next one's
   const auto fill = [&](size_t at, const std::byte** out) {
     for (size_t r = 0; r < kTile; ++r) {

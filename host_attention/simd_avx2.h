@@ -74,6 +74,13 @@ struct Simd {
     return _mm256_cvtepi32_ps(
         _mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p))));
   }
+  // Adds 0.5 to each lane whose bit, of 8 at `bits`, is set.
+  static F AddHalves(F a, const void* bits) {
+    const __m256i own = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i all = _mm256_set1_epi32(*static_cast<const uint8_t*>(bits));
+    const __m256i set = _mm256_cmpeq_epi32(_mm256_and_si256(all, own), own);
+    return _mm256_add_ps(a, _mm256_and_ps(_mm256_castsi256_ps(set), _mm256_set1_ps(0.5f)));
+  }
   // Bit i: lane i > 0.
   static uint32_t PositiveBits(F a) {
     return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, Zero(), _CMP_GT_OQ)));

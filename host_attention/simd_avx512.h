@@ -79,6 +79,12 @@ struct Simd {
     return _mm512_cvtepi32_ps(
         _mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))));
   }
+  // Adds 0.5 to each lane whose bit, of 16 at `bits`, is set.
+  static F AddHalves(F a, const void* bits) {
+    __mmask16 mask;
+    __builtin_memcpy(&mask, bits, sizeof(mask));
+    return _mm512_mask_add_ps(a, mask, a, Set1(0.5f));
+  }
   // Bit i: lane i > 0.
   static uint32_t PositiveBits(F a) {
     return _mm512_cmp_ps_mask(a, _mm512_setzero_ps(), _CMP_GT_OQ);

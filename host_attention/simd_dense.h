@@ -19,7 +19,7 @@ inline void DenseScores(const std::byte* row, size_t stride, int valid, const S&
   F acc[Simd::kLanes];  // by head, then row
 #pragma GCC unroll 16
   for (F& a : acc) a = Simd::Zero();
-  typename Rows::Part parts[kRows];
+  typename Rows::KPart parts[kRows];
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
     parts[r] = Rows::K(row + static_cast<size_t>(r < valid ? r : valid - 1) * stride, s.d);
