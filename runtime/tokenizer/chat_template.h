@@ -1,45 +1,65 @@
 #pragma once
 
-#include <memory>
 #include <span>
 #include <string>
+#include <string_view>
 
 #include "runtime/tokenizer/tokenizer.h"
 
 namespace passel {
 
-// A known chat format, recognised by the marks its Jinja text contains; Jinja is not interpreted.
+// A known chat format, recognised by the expressions its Jinja text contains; Jinja is not
+// interpreted. Where a text might write anything else than what is written here, it is not known.
 class ChatTemplate {
  public:
   // Never throws: a template that is not known is reported when it is used.
   explicit ChatTemplate(const TokenizerData& data);
+
   // The text of the messages with the assistant's turn opened. Throws Error{kUsage} where the
   // template is unknown, no message is given, or a role is not served where it stands.
   std::string Apply(std::span<const ChatMessage> messages) const;
 
  private:
-  enum class Format { kUnknown, kNone, kChatMl, kLlama2, kLlama3, kMistral };
+  enum class Format {
+    kUnknown,
+    kNone,
+    kTurns,  // each message for itself, in any order
+    kLlama2,
+    kMistral,
+  };
   enum class System { kRefused, kInFirstUser, kInLastUser };
+  // What stands around a message's content.
+  struct Turn {
+    std::string open, close;
+    bool trim = false;
+    std::string Text(std::string_view content) const;
+  };
 
-  void RecogniseInst(std::string_view jinja);
+  void Recognise(std::string_view jinja);
+  bool RecogniseChatMl(std::string_view jinja, std::string_view text);
+  bool RecogniseLlama3(std::string_view text);
+  bool RecogniseZephyr(std::string_view jinja, std::string_view text);
+  bool RecogniseLlama2(std::string_view text);
+  bool RecogniseMistral(std::string_view text);
+
   void CheckServed() const;
   std::string LeadingBos() const;  // "" where encoding adds it
-  std::string ChatMl(std::span<const ChatMessage> messages) const;
+  std::string Turns(std::span<const ChatMessage> messages) const;
   std::string Llama2(std::span<const ChatMessage> messages) const;
-  std::string Llama3(std::span<const ChatMessage> messages) const;
   std::string Mistral(std::span<const ChatMessage> messages) const;
   // Takes a system message off the front, null where there is none, and checks that user and
   // assistant take turns in the rest, the user last.
   static std::string_view TakeSystem(std::span<const ChatMessage>& messages, bool served);
 
   Format format_ = Format::kUnknown;
-  std::string default_system_;  // ChatML: the system message where the first is none; may be empty
-  std::string dates_;           // Llama 3.1: the lines every system message begins with
-  std::string bos_, eos_;       // as the template writes them; bos_ may be empty
+  std::string bos_, eos_;  // as the template writes them; bos_ may be empty
   bool encoding_adds_bos_ = false;
-  // Mistral: what stands around a turn; eos comes before assistant_close_.
-  std::string user_open_, user_close_, assistant_open_, assistant_close_;
-  System system_ = System::kRefused;
+  Turn system_turn_, user_turn_, assistant_turn_;
+  System system_ = System::kRefused;  // Mistral
+  std::string generation_;            // opens the assistant's turn
+  bool assistant_last_ = true;        // whether that may follow an assistant's message
+  std::string default_system_;        // the system message where the first is none; may be empty
+  std::string dates_;                 // Llama 3.1: the lines every first system message begins with
 };
 
 }  // namespace passel
