@@ -53,4 +53,14 @@ MappedFile::MappedFile(MappedFile&& other) noexcept
       data_(std::exchange(other.data_, nullptr)),
       size_(std::exchange(other.size_, 0)) {}
 
+void ReleasePages(std::span<const uint8_t> mapped) {
+  if (mapped.empty()) return;
+  static const auto page = static_cast<uintptr_t>(::sysconf(_SC_PAGESIZE));
+  const auto begin = reinterpret_cast<uintptr_t>(mapped.data());
+  const uintptr_t first = begin - begin % page;
+  // Pages at the ends that a neighbour shares go too, and come back by themselves. Advice: where it
+  // is refused, the pages stay.
+  ::madvise(reinterpret_cast<void*>(first), begin + mapped.size() - first, MADV_DONTNEED);
+}
+
 }  // namespace passel::model

@@ -26,4 +26,8 @@ class MappedFile {
   size_t size_ = 0;
 };
 
+// Takes the pages of a stretch of mapped file out of this process's memory. The system may keep
+// what it has read of the file; to touch the stretch again maps it again.
+void ReleasePages(std::span<const uint8_t> mapped);
+
 }  // namespace passel::model

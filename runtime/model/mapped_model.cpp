@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "runtime/base/error.h"
+#include "runtime/model/mapped_file.h"
 
 namespace passel::model {
 namespace {
@@ -29,6 +30,11 @@ int64_t FileRow(const WeightView& view, int64_t row) {
   const int64_t dim = view.interleaved_head_dim, half = dim / 2;
   const int64_t in_head = row % dim;
   return row - in_head + 2 * (in_head % half) + in_head / half;
+}
+
+int64_t RowBytes(const WeightView& view) {
+  const ElementLayout& layout = LayoutOf(view.type);
+  return view.cols / layout.block * layout.bytes;
 }
 
 // Columns [col, col + cols) of one row.
@@ -194,7 +200,7 @@ void MappedModel::ReadAs(WeightId id, int64_t row, int64_t rows, int64_t col, in
         "columns outside a weight");
   if (cols == 0) return;
   const ElementLayout& layout = LayoutOf(view.type);
-  const int64_t row_bytes = view.cols / layout.block * layout.bytes;
+  const int64_t row_bytes = RowBytes(view);
   for (int64_t r = 0; r < rows; ++r) {
     ReadRow(view, layout, view.data + FileRow(view, row + r) * row_bytes, col, cols,
             out + r * cols);
@@ -208,6 +214,11 @@ void MappedModel::Read(WeightId id, int64_t row, int64_t rows, int64_t col, int6
 void MappedModel::Read(WeightId id, int64_t row, int64_t rows, int64_t col, int64_t cols,
                        float* out) const {
   ReadAs(id, row, rows, col, cols, out);
+}
+
+void MappedModel::Release(WeightId id) const {
+  const WeightView& view = ViewOf(id);
+  ReleasePages({view.data, static_cast<size_t>(view.rows * RowBytes(view))});
 }
 
 }  // namespace passel::model

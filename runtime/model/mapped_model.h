@@ -42,6 +42,7 @@ class MappedModel : public ModelFile {
             bf16* out) const override;
   void Read(WeightId id, int64_t row, int64_t rows, int64_t col, int64_t cols,
             float* out) const override;
+  void Release(WeightId id) const override;
   const TokenizerData& tokenizer() const override { return tokenizer_; }
   uint64_t weight_bytes() const override { return weight_bytes_; }
 

@@ -80,6 +80,9 @@ class ModelFile {
                     bf16* out) const = 0;
   virtual void Read(WeightId id, int64_t row, int64_t rows, int64_t col, int64_t cols,
                     float* out) const = 0;
+  // Says that a weight has been read: what of it lies in this process's memory may go. It can be
+  // read again, at the cost of the first time.
+  virtual void Release(WeightId) const {}
   virtual const TokenizerData& tokenizer() const = 0;
   // Bytes of all weights in the file, for progress.
   virtual uint64_t weight_bytes() const = 0;

@@ -52,7 +52,10 @@ struct Transformer::Impl {
     progress = nullptr;
   }
 
-  void Report(int64_t elements) const {
+  // Done with a weight of the file, of which this rank took so many elements. Its pages go at once:
+  // the file and what is made of it need not both lie in memory.
+  void Loaded(WeightId id, int64_t elements) const {
+    file.Release(id);
     if (progress) progress(static_cast<uint64_t>(elements) * sizeof(bf16));
   }
 
@@ -66,7 +69,7 @@ struct Transformer::Impl {
   void ReadVector(WeightId id, int64_t first, int64_t count, std::vector<float>& to) const {
     to.resize(to.size() + static_cast<size_t>(count));
     file.Read(id, 0, 1, first, count, to.data() + to.size() - static_cast<size_t>(count));
-    Report(count);
+    Loaded(id, count);
   }
 
   Tensor Upload(const std::vector<float>& host) {
@@ -121,7 +124,7 @@ struct Transformer::Impl {
             base += s.rows;
           }
         });
-    Report(total * config.hidden);
+    for (const RowSegment& s : segments) Loaded(s.id, s.rows * config.hidden);
     return linear;
   }
 
@@ -131,7 +134,7 @@ struct Transformer::Impl {
         device.MakeLinear(config.hidden, cols, [&](int64_t begin, int64_t count, bf16* out) {
           file.Read(id, begin, count, first, cols, out);
         });
-    Report(config.hidden * cols);
+    Loaded(id, config.hidden * cols);
     return linear;
   }
 
@@ -147,7 +150,7 @@ struct Transformer::Impl {
                           static_cast<size_t>(count * config.hidden) * sizeof(bf16));
       device.Record()->Wait();
     }
-    Report(int64_t{slice.vocab} * config.hidden);
+    Loaded({WeightKind::kTokenEmbedding}, int64_t{slice.vocab} * config.hidden);
   }
 
   void Load() {
