@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "runtime/base/error.h"
+#include "runtime/base/printable.h"
 
 namespace passel::cluster {
 namespace {
@@ -49,7 +50,8 @@ constexpr FieldRule kRules[] = {
 
 [[noreturn]] void BadValue(std::string_view path, std::string_view text,
                            const std::string& expected) {
-  throw Error(ErrorClass::kUsage, fmt::format("{} is '{}'; expected {}", path, text, expected));
+  throw Error(ErrorClass::kUsage,
+              fmt::format("{} is '{}'; expected {}", path, Printable(text), expected));
 }
 
 template <typename T>
@@ -108,21 +110,22 @@ FieldPlace FindField(config::Config& config, std::string_view path) {
     const std::string name(rest.substr(0, dot));
     const auto* field = section->GetDescriptor()->FindFieldByName(name);
     if (field == nullptr) {
-      throw Error(ErrorClass::kUsage, fmt::format("unknown field '{}' in '{}'; expected {}", name,
-                                                  path, ListNames(*section->GetDescriptor())));
+      throw Error(ErrorClass::kUsage,
+                  fmt::format("unknown field '{}' in '{}'; expected {}", Printable(name),
+                              Printable(path), ListNames(*section->GetDescriptor())));
     }
     const bool is_section = field->cpp_type() == FieldDescriptor::CPPTYPE_MESSAGE;
     if (dot == std::string_view::npos) {
       if (is_section) {
         throw Error(ErrorClass::kUsage,
-                    fmt::format("'{}' is a section; expected one of its fields: {}", path,
-                                ListNames(*field->message_type())));
+                    fmt::format("'{}' is a section; expected one of its fields: {}",
+                                Printable(path), ListNames(*field->message_type())));
       }
       return {section, field};
     }
     if (!is_section) {
-      throw Error(ErrorClass::kUsage,
-                  fmt::format("'{}' in '{}' is not a section and has no fields", name, path));
+      throw Error(ErrorClass::kUsage, fmt::format("'{}' in '{}' is not a section and has no fields",
+                                                  Printable(name), Printable(path)));
     }
     section = section->GetReflection()->MutableMessage(section, field);
     rest.remove_prefix(dot + 1);

@@ -1,14 +1,17 @@
 #include "runtime/base/error.h"
 
+#include "runtime/base/printable.h"
+
 namespace passel {
 namespace {
 
 // What a file quoted in a message can add to it is bounded: at most kHead + kTail bytes are kept.
-constexpr size_t kHead = 1500, kTail = 500;
+constexpr size_t kHead = 700, kTail = 300;
 
 bool ContinuesCharacter(char c) { return (static_cast<unsigned char>(c) & 0xc0) == 0x80; }
 
-std::string Shortened(const std::string& message) {
+std::string Shortened(std::string message) {
+  message = Printable(message, message.size());
   if (message.size() <= kHead + kTail) return message;
   size_t head = kHead, tail = message.size() - kTail;
   while (head > 0 && ContinuesCharacter(message[head])) --head;

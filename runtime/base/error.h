@@ -21,7 +21,8 @@ enum class ErrorClass : int {
 // shown to the user as it is. Set-up code throws it; hot paths return a status instead.
 class Error : public std::runtime_error {
  public:
-  // A very long message, which quotes what a file has, is cut in its middle.
+  // A message is one printable line below 1 KiB, whatever it quotes: see Printable, which the parts
+  // from files and users go through for themselves. A longer one is cut in its middle.
   Error(ErrorClass error_class, const std::string& message);
 
   ErrorClass error_class() const { return class_; }

@@ -11,6 +11,7 @@
 #include "cluster/machine.h"
 #include "gpu/device.h"
 #include "runtime/base/error.h"
+#include "runtime/base/printable.h"
 #include "runtime/engine/host_rank.h"
 #include "runtime/engine/leader.h"
 #include "runtime/engine/model_rank.h"
@@ -249,7 +250,7 @@ int RunJob(int* argc, char*** argv, const JobOptions& options, const WorkMaker& 
     code = ExitCodeOf(e);
     message = std::string(code == static_cast<int>(ErrorClass::kMemory) ? "out of memory: "
                                                                         : "unexpected: ") +
-              e.what();
+              Printable(e.what(), 1000);
   }
   if (!message.empty()) fmt::print(stderr, "passel: error: {}\n", message);
   std::fflush(nullptr);

@@ -10,6 +10,7 @@
 
 #include "cluster/config.h"
 #include "runtime/base/error.h"
+#include "runtime/base/printable.h"
 #include "runtime/cli/attend/attend.h"
 #include "runtime/cli/bench.h"
 #include "runtime/cli/doctor/doctor.h"
@@ -152,7 +153,7 @@ int main(int argc, char** argv) {
     fmt::print(stderr, "passel: error: {}\n", e.what());
     return e.exit_code();
   } catch (const std::exception& e) {
-    fmt::print(stderr, "passel: error: unexpected: {}\n", e.what());
+    fmt::print(stderr, "passel: error: unexpected: {}\n", passel::Printable(e.what(), 1000));
     return static_cast<int>(passel::ErrorClass::kBug);
   }
 }

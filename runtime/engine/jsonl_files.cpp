@@ -11,6 +11,7 @@
 #include <random>
 
 #include "runtime/base/error.h"
+#include "runtime/base/printable.h"
 #include "runtime/engine/request_io.h"
 
 namespace passel::engine {
@@ -56,7 +57,8 @@ std::unordered_set<std::string> ReadDone(const std::string& path, uint64_t* end)
 }  // namespace
 
 std::string DuplicateError(uint64_t line, const std::string& custom_id) {
-  return "line " + std::to_string(line) + ": custom_id \"" + custom_id + "\"" + kUsedBefore;
+  return "line " + std::to_string(line) + ": custom_id \"" + Printable(custom_id) + "\"" +
+         kUsedBefore;
 }
 
 JsonlSource::JsonlSource(const std::string& path, const Tokenizer& tokenizer,

@@ -11,6 +11,7 @@
 
 #include "runtime/base/checked_math.h"
 #include "runtime/base/error.h"
+#include "runtime/base/printable.h"
 
 namespace passel::model {
 
@@ -207,7 +208,7 @@ class GgufParser {
   }
 
   void ReadShape(Entry& entry) {
-    const std::string field = fmt::format("tensor '{}'", entry.name);
+    const std::string field = fmt::format("tensor '{}'", Printable(entry.name));
     const auto dims = Read<uint32_t>(field);
     if (dims < 1 || dims > 4) {
       out_.Fail(field, fmt::format("has {} dimensions; expected 1 to 4", dims));
@@ -251,7 +252,7 @@ class GgufParser {
     const uint64_t space = bytes_.size() - start;
     std::vector<std::pair<uint64_t, const Entry*>> order;
     for (const Entry& e : entries) {
-      const std::string field = fmt::format("tensor '{}'", e.name);
+      const std::string field = fmt::format("tensor '{}'", Printable(e.name));
       if (e.offset % align != 0) {
         out_.Fail(field, fmt::format("has offset {}; expected a multiple of {}", e.offset, align));
       }
@@ -272,8 +273,8 @@ class GgufParser {
               [](const auto& a, const auto& b) { return a.first < b.first; });
     for (size_t i = 1; i < order.size(); ++i) {
       if (order[i - 1].first + order[i - 1].second->tensor.bytes > order[i].first) {
-        out_.Fail(fmt::format("tensor '{}'", order[i].second->name),
-                  fmt::format("overlaps tensor '{}'", order[i - 1].second->name));
+        out_.Fail(fmt::format("tensor '{}'", Printable(order[i].second->name)),
+                  fmt::format("overlaps tensor '{}'", Printable(order[i - 1].second->name)));
       }
     }
   }
@@ -296,7 +297,7 @@ void GgufFile::Append(GgufFile part) {
 }
 
 void GgufFile::Fail(std::string_view field, const std::string& what) const {
-  throw Error(ErrorClass::kModel, fmt::format("{}: {}: {}", path(), field, what));
+  throw Error(ErrorClass::kModel, fmt::format("{}: {}: {}", path(), Printable(field, 400), what));
 }
 
 template <typename T>

@@ -2,6 +2,7 @@
 
 #include <limits>
 
+#include "runtime/base/printable.h"
 #include "runtime/model/gguf_model.h"
 #include "runtime/model/mapped_model.h"
 #include "runtime/model/stop_ids.h"
@@ -25,7 +26,7 @@ void ReadRope(const GgufFile& file, const std::string& arch, ModelConfig& config
         RopeScaling{.type = type, .factor = file.Float(arch + ".rope.scaling.factor")};
   } else if (type != "none") {
     file.Fail(arch + ".rope.scaling.type",
-              fmt::format("is \"{}\"; expected \"none\" or \"linear\"", type));
+              fmt::format("is \"{}\"; expected \"none\" or \"linear\"", Printable(type)));
   }
   const std::string dims = arch + ".rope.dimension_count";
   if (const int64_t value = file.IntOr(dims, config.head_dim); value != config.head_dim) {
@@ -81,7 +82,7 @@ ModelConfig GgufConfig(const GgufFile& file) {
     file.Fail("general.architecture",
               fmt::format("is \"{}\"; expected \"llama\" (llama and mistral models), \"qwen2\" or "
                           "\"qwen3\"",
-                          arch));
+                          Printable(arch)));
   }
   config.architecture = arch;
   config.qkv_bias = arch == "qwen2";
@@ -134,7 +135,7 @@ TokenizerData GgufTokenizer(const GgufFile& file) {
   const bool sentence_piece = model == "llama";
   if (!sentence_piece && model != "gpt2") {
     file.Fail("tokenizer.ggml.model",
-              fmt::format("is \"{}\"; expected \"gpt2\" or \"llama\"", model));
+              fmt::format("is \"{}\"; expected \"gpt2\" or \"llama\"", Printable(model)));
   }
   data.kind =
       sentence_piece ? TokenizerData::Kind::kSentencePieceBpe : TokenizerData::Kind::kByteLevelBpe;

@@ -6,6 +6,7 @@
 #include <array>
 #include <utility>
 
+#include "runtime/base/printable.h"
 #include "runtime/model/mapped_model.h"
 
 namespace passel::model {
@@ -115,7 +116,7 @@ class GgufModel final : public MappedModel {
     std::sort(names.begin(), names.end());
     for (const auto& [name, tensor] : file_.tensors()) {
       if (!std::binary_search(names.begin(), names.end(), name)) {
-        file_.Fail(fmt::format("tensor '{}'", name),
+        file_.Fail(fmt::format("tensor '{}'", Printable(name)),
                    fmt::format("is not part of a dense {} model of this many layers; expected none "
                                "such",
                                config_.architecture));

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "runtime/base/printable.h"
 #include "runtime/model/hf_model.h"
 #include "runtime/model/json_file.h"
 #include "runtime/model/mapped_model.h"
@@ -70,7 +71,7 @@ ModelConfig HfConfig(const std::string& directory) {
   if (config.architecture != "llama" && config.architecture != "mistral" && !qwen2 && !qwen3) {
     root.Fail("model_type",
               fmt::format("is \"{}\"; expected \"llama\", \"mistral\", \"qwen2\" or \"qwen3\"",
-                          config.architecture));
+                          Printable(config.architecture)));
   }
   config.qkv_bias = qwen2;
   config.qk_norm = qwen3;
@@ -78,7 +79,7 @@ ModelConfig HfConfig(const std::string& directory) {
     if (root.BoolOr(key, false)) root.Fail(key, "is true; expected a model without such biases");
   }
   if (const std::string act = root.StringOr("hidden_act", "silu"); act != "silu") {
-    root.Fail("hidden_act", fmt::format("is \"{}\"; expected \"silu\"", act));
+    root.Fail("hidden_act", fmt::format("is \"{}\"; expected \"silu\"", Printable(act)));
   }
   config.layers = root.Int32("num_hidden_layers");
   config.hidden = root.Int32("hidden_size");

@@ -7,6 +7,7 @@
 #include <set>
 
 #include "runtime/base/error.h"
+#include "runtime/base/printable.h"
 #include "runtime/model/json_file.h"
 #include "runtime/model/mapped_model.h"
 #include "runtime/model/safetensors.h"
@@ -53,7 +54,7 @@ std::set<std::string> ShardNames(const std::string& directory) {
     if (name.empty() || std::filesystem::path(name).filename() != name || name == "..") {
       root.Fail("weight_map", fmt::format("\"{}\" is in \"{}\"; expected the name of a file beside "
                                           "it",
-                                          tensor, name));
+                                          Printable(tensor), Printable(name)));
     }
     names.insert(name);
   }
@@ -96,7 +97,8 @@ class HfModel final : public MappedModel {
   [[noreturn]] void Fail(const std::string& tensor, const std::string& what) const {
     const auto it = tensors_.find(tensor);
     const std::string& where = it == tensors_.end() ? directory_ : shards_[it->second.shard].path();
-    throw Error(ErrorClass::kModel, fmt::format("{}: tensor '{}': {}", where, tensor, what));
+    throw Error(ErrorClass::kModel,
+                fmt::format("{}: tensor '{}': {}", where, Printable(tensor), what));
   }
 
   std::string Bind(const ExpectedWeight& e) {

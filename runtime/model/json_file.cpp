@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "runtime/base/error.h"
+#include "runtime/base/printable.h"
 #include "runtime/model/mapped_file.h"
 
 namespace passel::model {
@@ -36,7 +37,7 @@ nlohmann::json ParseJson(std::string_view text, const std::string& where) {
       case json::parse_event_t::key:
         if (!keys.back().insert(parsed.get<std::string>()).second) {
           throw Error(ErrorClass::kModel, fmt::format("{}: key \"{}\" is given twice", where,
-                                                      parsed.get<std::string>()));
+                                                      Printable(parsed.get<std::string>())));
         }
         break;
       case json::parse_event_t::value:
@@ -47,7 +48,8 @@ nlohmann::json ParseJson(std::string_view text, const std::string& where) {
   try {
     return json::parse(text.begin(), text.end(), check);
   } catch (const json::exception& e) {
-    throw Error(ErrorClass::kModel, fmt::format("{}: expected JSON: {}", where, e.what()));
+    throw Error(ErrorClass::kModel,
+                fmt::format("{}: expected JSON: {}", where, Printable(e.what(), 300)));
   }
 }
 
@@ -68,7 +70,7 @@ JsonObject::JsonObject(const nlohmann::json& json, const std::string& where)
 }
 
 void JsonObject::Fail(std::string_view key, const std::string& what) const {
-  throw Error(ErrorClass::kModel, fmt::format("{}: {}: {}", where_, key, what));
+  throw Error(ErrorClass::kModel, fmt::format("{}: {}: {}", where_, Printable(key), what));
 }
 
 const nlohmann::json* JsonObject::Find(const char* key) const {

@@ -8,6 +8,7 @@
 
 #include "runtime/base/checked_math.h"
 #include "runtime/base/error.h"
+#include "runtime/base/printable.h"
 #include "runtime/model/json_file.h"
 
 namespace passel::model {
@@ -42,7 +43,8 @@ Safetensor ParseEntry(const nlohmann::json& json, const std::string& where, cons
   const auto* dtype = std::find_if(std::begin(kDtypes), std::end(kDtypes),
                                    [&](const Dtype& d) { return d.name == out.dtype; });
   if (dtype == std::end(kDtypes)) {
-    entry.Fail("dtype", fmt::format("is \"{}\"; expected a dtype of the format", out.dtype));
+    entry.Fail("dtype",
+               fmt::format("is \"{}\"; expected a dtype of the format", Printable(out.dtype)));
   }
   out.type = dtype->type;
 
@@ -73,7 +75,7 @@ Safetensor ParseEntry(const nlohmann::json& json, const std::string& where, cons
   }
   if (!bytes || *bytes != end - begin) {
     entry.Fail("data_offsets", fmt::format("spans {} bytes; expected what the shape and {} need",
-                                           end - begin, out.dtype));
+                                           end - begin, Printable(out.dtype)));
   }
   // The file holds that many bytes, so both fit int64_t.
   out.cols = static_cast<int64_t>(*elements == 0 ? 0 : cols);
@@ -106,10 +108,11 @@ SafetensorsFile::SafetensorsFile(const std::string& path) : file_(path) {
   for (const auto& [name, entry] : json.items()) {
     if (name == "__metadata__") continue;
     uint64_t begin = 0, end = 0;
-    const auto it = tensors_
-                        .emplace(name, ParseEntry(entry, fmt::format("{}: tensor '{}'", path, name),
-                                                  data, tensor_bytes_, begin, end))
-                        .first;
+    const auto it =
+        tensors_
+            .emplace(name, ParseEntry(entry, fmt::format("{}: tensor '{}'", path, Printable(name)),
+                                      data, tensor_bytes_, begin, end))
+            .first;
     extents.push_back({begin, end, &it->first});
   }
   std::sort(extents.begin(), extents.end(), [](const Extent& a, const Extent& b) {
@@ -121,7 +124,7 @@ SafetensorsFile::SafetensorsFile(const std::string& path) : file_(path) {
       fail(
           fmt::format("tensor '{}': data_offsets: begins at {}; expected {}, where the one before "
                       "it ends",
-                      *e.name, e.begin, at));
+                      Printable(*e.name), e.begin, at));
     }
     at = e.end;
   }

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <limits>
 
+#include "runtime/base/printable.h"
+
 namespace passel::model {
 namespace {
 
@@ -33,7 +35,7 @@ TokenizerJson::TokenizerJson(const std::string& path, int32_t vocab, TokenizerDa
   const std::string where = path_ + ": model";
   const JsonObject model(*model_json, where);
   if (const std::string type = model.StringOr("type", "BPE"); type != "BPE") {
-    model.Fail("type", fmt::format("is \"{}\"; expected \"BPE\"", type));
+    model.Fail("type", fmt::format("is \"{}\"; expected \"BPE\"", Printable(type)));
   }
   for (const char* key : {"continuing_subword_prefix", "end_of_word_suffix"}) {
     if (!model.StringOr(key, "").empty()) model.Fail(key, "expected none");
@@ -77,7 +79,7 @@ void TokenizerJson::SetToken(std::string_view field, int64_t id, const std::stri
                              TokenizerData::TokenType type) {
   if (id < 0 || id >= vocab_) {
     root_.Fail(field, fmt::format("\"{}\" has id {}; expected one below the model's {} tokens",
-                                  text, id, vocab_));
+                                  Printable(text), id, vocab_));
   }
   const auto index = static_cast<size_t>(id);
   if (index >= data_.tokens.size()) {
@@ -86,8 +88,8 @@ void TokenizerJson::SetToken(std::string_view field, int64_t id, const std::stri
   }
   std::string& token = data_.tokens[index];
   if (!token.empty() && token != text) {
-    root_.Fail(field,
-               fmt::format("id {} is both \"{}\" and \"{}\"; expected one token", id, token, text));
+    root_.Fail(field, fmt::format("id {} is both \"{}\" and \"{}\"; expected one token", id,
+                                  Printable(token), Printable(text)));
   }
   token = text;
   data_.types[index] = type;
@@ -99,7 +101,8 @@ void TokenizerJson::ReadVocabulary(const JsonObject& model) {
     model.Fail("vocab", "expected an object of tokens and ids");
   }
   for (const auto& [token, id] : vocabulary->items()) {
-    if (!id.is_number_unsigned()) model.Fail("vocab", fmt::format("\"{}\": expected an id", token));
+    if (!id.is_number_unsigned())
+      model.Fail("vocab", fmt::format("\"{}\": expected an id", Printable(token)));
     const auto value = id.get<uint64_t>();
     SetToken("model.vocab", value > INT32_MAX ? -1 : static_cast<int64_t>(value), token,
              TokenizerData::TokenType::kNormal);

@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "runtime/base/error.h"
+#include "runtime/base/printable.h"
 
 namespace passel {
 namespace {
@@ -38,7 +39,7 @@ void MergeTable::AddAll(const std::vector<std::string>& merges, const TokenIds& 
         throw Error(ErrorClass::kModel,
                     fmt::format("tokenizer: merge {} (\"{}\") needs \"{}\", which is no token; "
                                 "expected two tokens whose union is a token",
-                                rank, merge, token));
+                                rank, Printable(merge), Printable(token)));
       }
       return it->second;
     };
@@ -46,7 +47,7 @@ void MergeTable::AddAll(const std::vector<std::string>& merges, const TokenIds& 
       throw Error(ErrorClass::kModel,
                   fmt::format("tokenizer: merge {} is \"{}\"; expected two tokens with a space "
                               "between them",
-                              rank, merge));
+                              rank, Printable(merge)));
     }
     const std::string_view left = merge.substr(0, space), right = merge.substr(space + 1);
     Add(id_of(left), id_of(right),

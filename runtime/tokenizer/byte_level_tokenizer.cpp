@@ -2,13 +2,13 @@
 
 #include <array>
 
+#include "runtime/base/utf8.h"
 #include "runtime/tokenizer/bpe.h"
 #include "runtime/tokenizer/byte_alphabet.h"
 #include "runtime/tokenizer/chat_template.h"
 #include "runtime/tokenizer/pre_tokenizer.h"
 #include "runtime/tokenizer/special_tokens.h"
 #include "runtime/tokenizer/unicode.h"
-#include "runtime/tokenizer/utf8.h"
 
 namespace passel {
 namespace {

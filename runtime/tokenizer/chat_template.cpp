@@ -6,6 +6,7 @@
 #include <array>
 
 #include "runtime/base/error.h"
+#include "runtime/base/printable.h"
 
 namespace passel {
 namespace {
@@ -98,9 +99,9 @@ void CheckRoles(std::span<const ChatMessage> messages) {
   for (size_t i = 0; i < messages.size(); ++i) {
     const std::string& role = messages[i].role;
     if (role != "system" && role != "user" && role != "assistant") {
-      throw Error(
-          ErrorClass::kUsage,
-          fmt::format("messages[{}].role: is \"{}\"; expected system, user or assistant", i, role));
+      throw Error(ErrorClass::kUsage,
+                  fmt::format("messages[{}].role: is \"{}\"; expected system, user or assistant", i,
+                              Printable(role)));
     }
   }
 }

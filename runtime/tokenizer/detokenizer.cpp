@@ -1,5 +1,5 @@
+#include "runtime/base/utf8.h"
 #include "runtime/tokenizer/tokenizer.h"
-#include "runtime/tokenizer/utf8.h"
 
 namespace passel {
 

@@ -8,6 +8,7 @@
 #include <array>
 
 #include "runtime/base/error.h"
+#include "runtime/base/printable.h"
 
 namespace passel {
 namespace {
@@ -79,7 +80,7 @@ struct PreTokenizer::Regex {
       std::array<PCRE2_UCHAR, 256> message{};
       pcre2_get_error_message(error, message.data(), message.size());
       throw Error(ErrorClass::kModel,
-                  fmt::format("tokenizer: pre-tokeniser pattern \"{}\": {} at {}", text,
+                  fmt::format("tokenizer: pre-tokeniser pattern \"{}\": {} at {}", Printable(text),
                               reinterpret_cast<const char*>(message.data()), offset));
     }
     // Where the machine has no JIT, the interpreter matches the same.
@@ -131,7 +132,7 @@ std::unique_ptr<PreTokenizer> PreTokenizer::Make(const std::string& name) {
     throw Error(ErrorClass::kModel,
                 fmt::format("tokenizer: pre-tokeniser \"{}\" is not served; expected gpt-2, "
                             "smollm, llama-bpe or qwen2",
-                            name));
+                            Printable(name)));
   }
   return FromPattern(std::string(known->pattern), known->split_digits);
 }

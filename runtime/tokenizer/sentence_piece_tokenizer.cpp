@@ -9,10 +9,11 @@
 #include <numeric>
 
 #include "runtime/base/error.h"
+#include "runtime/base/printable.h"
+#include "runtime/base/utf8.h"
 #include "runtime/tokenizer/bpe.h"
 #include "runtime/tokenizer/chat_template.h"
 #include "runtime/tokenizer/special_tokens.h"
-#include "runtime/tokenizer/utf8.h"
 
 namespace passel {
 namespace {
@@ -174,7 +175,7 @@ class SentencePieceTokenizer final : public Tokenizer {
         if (byte < 0) {
           throw Error(ErrorClass::kModel,
                       fmt::format("tokenizer: byte token {} is \"{}\"; expected <0x00> to <0xFF>",
-                                  i, token));
+                                  i, Printable(token)));
         }
         byte_ids_[static_cast<size_t>(byte)] = static_cast<int32_t>(i);
         bytes.push_back(static_cast<char>(byte));

@@ -7,7 +7,7 @@
 #include <memory>
 
 #include "runtime/base/error.h"
-#include "runtime/tokenizer/utf8.h"
+#include "runtime/base/utf8.h"
 
 namespace passel {
 namespace {

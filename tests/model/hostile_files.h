@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "runtime/base/error.h"
+#include "runtime/base/printable.h"
 #include "runtime/base/random.h"
 #include "runtime/model/model_file.h"
 
@@ -40,7 +41,8 @@ inline void Try(const std::string& path, const std::string& what, Tally& tally) 
     EXPECT_EQ(e.error_class(), ErrorClass::kModel) << what << ": " << message;
     EXPECT_TRUE(message.starts_with(path) || message.starts_with("tokenizer: "))
         << what << ": " << message;
-    EXPECT_LE(message.size(), 2010u) << what;
+    EXPECT_LT(message.size(), 1024u) << what;
+    EXPECT_EQ(Printable(message, message.size()), message) << what;
   } catch (const std::exception& e) {
     ADD_FAILURE() << what << ": not an Error: " << e.what();
   }

@@ -1,7 +1,7 @@
 #include <gtest/gtest.h>
 
 #include "runtime/base/random.h"
-#include "runtime/tokenizer/utf8.h"
+#include "runtime/base/utf8.h"
 #include "tests/tokenizer/test_vocabulary.h"
 
 namespace passel {

@@ -6,6 +6,7 @@
 #include <array>
 
 #include "runtime/base/error.h"
+#include "runtime/base/printable.h"
 #include "runtime/model/model_file.h"
 #include "runtime/tokenizer/tokenizer.h"
 
@@ -92,7 +93,7 @@ void ReportConfig(const model::ModelFile& file, Report& report) {
 }
 
 std::string Quoted(const Tokenizer& tokenizer, int32_t id) {
-  return fmt::format("{} \"{}\"", id, tokenizer.TokenBytes(id, true));
+  return fmt::format("{} \"{}\"", id, Printable(tokenizer.TokenBytes(id, true)));
 }
 
 void ReportTokenizer(const TokenizerData& data, Report& report) {
@@ -116,7 +117,8 @@ void ReportTokenizer(const TokenizerData& data, Report& report) {
   try {
     const ChatMessage message{"user", "…"};
     report.Line("chat template",
-                fmt::format("served: \"{}\"", tokenizer->ApplyChatTemplate({&message, 1})));
+                fmt::format("served: \"{}\"",
+                            Printable(tokenizer->ApplyChatTemplate({&message, 1}), 1000)));
   } catch (const Error& e) {
     report.Line("chat template", fmt::format("NOT SERVED: {}", e.what()));
   }
