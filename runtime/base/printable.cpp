@@ -27,6 +27,10 @@ std::string Printable(std::string_view text, size_t most) {
       out += bytes;
       continue;
     }
+    if (bytes == "\n") {
+      out += "\\n";
+      continue;
+    }
     for (const char c : bytes) {
       const auto byte = static_cast<unsigned char>(c);
       out += {'\\', 'x', kHex[byte >> 4], kHex[byte & 15]};

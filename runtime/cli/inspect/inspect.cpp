@@ -24,26 +24,11 @@ std::string Size(uint64_t bytes) {
   return unit == 0 ? fmt::format("{} B", bytes) : fmt::format("{:.1f} {}", value, kUnits[unit]);
 }
 
-// Text of a file as one line that a terminal shows as it is.
-std::string OneLine(std::string_view text) {
-  std::string out;
-  for (const char c : text) {
-    if (c == '\n') {
-      out += "\\n";
-    } else if (static_cast<uint8_t>(c) < 0x20 || c == 0x7f) {
-      out += fmt::format("\\x{:02x}", static_cast<uint8_t>(c));
-    } else {
-      out.push_back(c);
-    }
-  }
-  return out;
-}
-
 class Report {
  public:
   explicit Report(std::ostream& out) : out_(out) {}
   void Line(std::string_view name, const std::string& value) {
-    fmt::print(out_, "{:<20}{}\n", name, OneLine(value));
+    fmt::print(out_, "{:<20}{}\n", name, Printable(value, value.size()));
   }
 
  private:
@@ -93,7 +78,7 @@ void ReportConfig(const model::ModelFile& file, Report& report) {
 }
 
 std::string Quoted(const Tokenizer& tokenizer, int32_t id) {
-  return fmt::format("{} \"{}\"", id, Printable(tokenizer.TokenBytes(id, true)));
+  return fmt::format("{} \"{}\"", id, tokenizer.TokenBytes(id, true));
 }
 
 void ReportTokenizer(const TokenizerData& data, Report& report) {
@@ -117,8 +102,7 @@ void ReportTokenizer(const TokenizerData& data, Report& report) {
   try {
     const ChatMessage message{"user", "…"};
     report.Line("chat template",
-                fmt::format("served: \"{}\"",
-                            Printable(tokenizer->ApplyChatTemplate({&message, 1}), 1000)));
+                fmt::format("served: \"{}\"", tokenizer->ApplyChatTemplate({&message, 1})));
   } catch (const Error& e) {
     report.Line("chat template", fmt::format("NOT SERVED: {}", e.what()));
   }
