@@ -168,6 +168,8 @@ inline void DotNormTile(const std::byte* const* rows, const std::byte* const* ne
   F acc[kTile], squares[kTile];
   for (int r = 0; r < kTile; ++r) {
     PrefetchBytes(next[r], next_bytes);
+    // Rows that begin anywhere in a cache line reach into one more.
+    if (!Rows::kInterleaved) PrefetchToL2(next[r] + next_bytes - 1);
     const typename Rows::KPart part = Rows::K(rows[r], s.d);
     F dot0 = Simd::Zero(), dot1 = dot0, square0 = dot0, square1 = dot0;
     const auto chunk = [&](uint32_t c, bool half) __attribute__((always_inline)) {
@@ -205,7 +207,6 @@ inline __attribute__((always_inline)) void AddValues(const std::byte* const* row
   for (int r = 0; r < count; ++r) {
     const std::byte* ahead = Rows::V(next[r], s.d).p + c * Rows::kChunkBytes;
     PrefetchBytes(ahead, kCount * Rows::kChunkBytes);
-    // Rows that begin anywhere in a cache line reach into one more.
     if (!Rows::kInterleaved) PrefetchToL2(ahead + kCount * Rows::kChunkBytes - 1);
     const typename Rows::Part part = Rows::V(rows[r], s.d);
     const F w = Rows::Times(part, Simd::Set1(weights[r]));
