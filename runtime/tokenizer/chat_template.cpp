@@ -11,6 +11,8 @@
 namespace passel {
 namespace {
 
+constexpr size_t kLongest = size_t{64} << 10;
+
 bool Contains(std::string_view text, std::string_view part) {
   return text.find(part) != std::string_view::npos;
 }
@@ -122,6 +124,8 @@ ChatTemplate::ChatTemplate(const TokenizerData& data) : encoding_adds_bos_(data.
 }
 
 void ChatTemplate::Recognise(std::string_view jinja) {
+  // Published ones have some 10,000 bytes; the search below is not linear.
+  if (jinja.size() > kLongest) return;
   // Reasoning models rewrite earlier turns.
   if (Contains(jinja, "<think>") || Contains(jinja, "enable_thinking")) return;
   const std::string text = Canonical(jinja);

@@ -32,6 +32,13 @@ class FuzzFile {
   int fd_;
 };
 
+// A short text for a tokenizer: what the tokens of the corpus are found in, then the input's end.
+inline std::string FuzzText(const uint8_t* data, size_t size) {
+  const size_t tail = size < 64 ? size : 64;
+  return "abc a<s> \u00e9\xff</s>  d" +
+         std::string(reinterpret_cast<const char*>(data + size - tail), tail);
+}
+
 // Runs `parse`; an Error about the model is as good as success, whatever else it throws ends the
 // process.
 template <typename Parse>

@@ -12,7 +12,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     const auto file = model::ModelFile::Open(input.path());
     std::vector<float> row(static_cast<size_t>(file->config().hidden));
     file->Read({model::WeightKind::kTokenEmbedding}, 0, 1, 0, file->config().hidden, row.data());
-    Tokenizer::Make(file->tokenizer())->Encode("abc a<s>\xff", true);
+    Tokenizer::Make(file->tokenizer())->Encode(FuzzText(data, size), true);
   });
   return 0;
 }

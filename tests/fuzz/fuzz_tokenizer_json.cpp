@@ -12,8 +12,11 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     tokens.add_bos = json.TemplateBeginsWith("<s>") && json.IdOf("<s>") >= 0;
     tokens.bos = json.IdOf("<s>");
     const auto tokenizer = Tokenizer::Make(tokens);
-    for (const int32_t id : tokenizer->Encode("abc a<s> \u00e9\xff</s>", true)) {
-      tokenizer->TokenBytes(id, true);
+    for (const bool special : {true, false}) {
+      for (const int32_t id : tokenizer->Encode(FuzzText(data, size), special)) {
+        if (id < 0 || id >= tokenizer->vocab_size()) std::abort();
+        tokenizer->TokenBytes(id, true);
+      }
     }
   });
   return 0;

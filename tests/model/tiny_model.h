@@ -119,7 +119,7 @@ struct TinyModel {
           {"single", {{{"SpecialToken", {{"id", "<s>"}, {"type_id", 0}}}}}}}},
         {"added_tokens",
          {{{"id", 1}, {"content", "<s>"}, {"special", true}, {"normalized", false}},
-          {{"id", 2}, {"content", "</s>"}, {"special", true}, {"lstrip", false}}}},
+          {{"id", 2}, {"content", "</s>"}, {"special", true}, {"rstrip", true}}}},
         {"model",
          {{"type", "BPE"},
           {"ignore_merges", false},

@@ -162,6 +162,8 @@ TEST(ChatTemplate, RefusesWhatItDoesNotKnow) {
   ExpectUsageError(WithTemplate(""), {{"user", "x"}}, "no chat template");
   ExpectUsageError(WithTemplate("[INST] {{ x }} [/INST]"), {{"user", "x"}}, "not served");
   ExpectUsageError(WithTemplate(std::string(kSmolLm2) + "<think>"), {{"user", "x"}}, "not served");
+  ExpectUsageError(WithTemplate(kSmolLm2 + std::string(100'000, ' ')), {{"user", "x"}},
+                   "not served");
   ExpectUsageError(WithTemplate(kSmolLm2), {}, "is empty");
   ExpectUsageError(WithTemplate(kSmolLm2), {{"user", "x"}, {"tool", "y"}}, "messages[1].role");
 }
