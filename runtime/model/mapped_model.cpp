@@ -9,8 +9,8 @@
 #include <limits>
 #include <type_traits>
 
-#include "runtime/base/printable.h"
 #include "runtime/base/error.h"
+#include "runtime/base/printable.h"
 #include "runtime/model/mapped_file.h"
 
 namespace passel::model {
@@ -158,7 +158,8 @@ void ValidateConfig(const ModelConfig& c, const std::string& where) {
   if (c.rope_scaling) {
     const RopeScaling& s = *c.rope_scaling;
     if (s.type != "linear" && s.type != "llama3") {
-      fail("RoPE scaling", fmt::format("is \"{}\"; expected \"linear\" or \"llama3\"", Printable(s.type)));
+      fail("RoPE scaling",
+           fmt::format("is \"{}\"; expected \"linear\" or \"llama3\"", Printable(s.type)));
     }
     if (!(s.factor > 0 && std::isfinite(s.factor))) {
       fail("RoPE scaling factor", fmt::format("is {}; expected a positive value", s.factor));
