@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <chrono>
 #include <map>
 
 #include "cluster/config.h"
@@ -59,6 +60,26 @@ std::unique_ptr<gpu::Device> MakeDevice(const engine::Job& job) {
     throw Error(ErrorClass::kUsage, "gpu.backend: CUDA is not to be had: " + why);
   }
   return gpu::MakeCpuDevice(options);
+}
+
+// A line every five seconds of loading, twice a second on a terminal.
+model::LoadProgress PrintLoading(int32_t layers) {
+  using Clock = std::chrono::steady_clock;
+  const bool terminal = isatty(STDERR_FILENO) != 0;
+  const auto start = Clock::now();
+  return [=, printed = start](int32_t loaded, uint64_t bytes) mutable {
+    const auto now = Clock::now();
+    const bool last = loaded == layers;  // ends what was begun
+    if (last ? printed == start
+             : now - printed < std::chrono::milliseconds(terminal ? 500 : 5000)) {
+      return;
+    }
+    printed = now;
+    fmt::print(stderr, "{}loading: {} of {} layers, {:.1f} GB in {:.0f} s{}",
+               terminal ? "\r\033[K" : "", loaded, layers, static_cast<double>(bytes) / 1e9,
+               std::chrono::duration<double>(now - start).count(), terminal && !last ? "" : "\n");
+    std::fflush(stderr);
+  };
 }
 
 void PrintRanks(const engine::Job& job, const cluster::Machine& machine) {
@@ -141,8 +162,10 @@ void SetUp(cluster::Launch& launch, const JobOptions& options, const WorkMaker& 
         })));
     if (!warning.empty() && rank->leads()) spdlog::warn("{}", warning);
     if (rank->is_model()) {
-      rank->transformer = std::make_unique<model::Transformer>(*rank->file, *rank->device,
-                                                               *rank->collectives, nullptr);
+      const bool prints = rank->leads() && rank->work.progress;
+      rank->transformer =
+          std::make_unique<model::Transformer>(*rank->file, *rank->device, *rank->collectives,
+                                               prints ? PrintLoading(job.model.layers) : nullptr);
     } else {
       rank->host = std::make_unique<engine::HostRank>(job, *rank->channel, memory);
     }

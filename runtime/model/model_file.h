@@ -84,7 +84,7 @@ class ModelFile {
   // read again, at the cost of the first time.
   virtual void Release(WeightId) const {}
   virtual const TokenizerData& tokenizer() const = 0;
-  // Bytes of all weights in the file, for progress.
+  // Bytes of all weights in the file.
   virtual uint64_t weight_bytes() const = 0;
 };
 

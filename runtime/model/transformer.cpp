@@ -39,24 +39,22 @@ void Activations::Resize(int64_t rows) {
 
 struct Transformer::Impl {
   Impl(const ModelFile& model_file, gpu::Device& dev, Collectives& coll,
-       std::function<void(uint64_t)> on_progress)
+       const LoadProgress& progress)
       : file(model_file),
         device(dev),
         collectives(coll),
-        progress(std::move(on_progress)),
         config(model_file.config()),
         slice(SliceFor(config, coll.rank(), coll.size())),
         inv_freq(RopeInverseFrequencies(config)) {
     for (int r = 0; r < coll.size(); ++r) slices.push_back(SliceFor(config, r, coll.size()));
-    Load();
-    progress = nullptr;
+    Load(progress);
   }
 
   // Done with a weight of the file, of which this rank took so many elements. Its pages go at once:
   // the file and what is made of it need not both lie in memory.
-  void Loaded(WeightId id, int64_t elements) const {
+  void Loaded(WeightId id, int64_t elements) {
     file.Release(id);
-    if (progress) progress(static_cast<uint64_t>(elements) * sizeof(bf16));
+    loaded += static_cast<uint64_t>(elements) * sizeof(bf16);
   }
 
   Tensor NewTensor(DType type, int64_t rows, int64_t cols,
@@ -66,7 +64,7 @@ struct Transformer::Impl {
   }
 
   // Appends columns [first, first + count) of a weight of one row.
-  void ReadVector(WeightId id, int64_t first, int64_t count, std::vector<float>& to) const {
+  void ReadVector(WeightId id, int64_t first, int64_t count, std::vector<float>& to) {
     to.resize(to.size() + static_cast<size_t>(count));
     file.Read(id, 0, 1, first, count, to.data() + to.size() - static_cast<size_t>(count));
     Loaded(id, count);
@@ -153,7 +151,7 @@ struct Transformer::Impl {
     Loaded({WeightKind::kTokenEmbedding}, int64_t{slice.vocab} * config.hidden);
   }
 
-  void Load() {
+  void Load(const LoadProgress& progress) {
     const int64_t dim = config.head_dim;
     if (!config.tied_embeddings) LoadEmbedding();
     output_norm = LoadNorm({WeightKind::kOutputNorm});
@@ -174,6 +172,7 @@ struct Transformer::Impl {
                                 {{WeightKind::kUp, l}, slice.first_ffn, slice.ffn}});
       layer.down = LoadCols({WeightKind::kDown, l}, slice.first_ffn, slice.ffn);
       layers.push_back(std::move(layer));
+      if (progress) progress(l + 1, loaded);
     }
   }
 
@@ -195,7 +194,6 @@ struct Transformer::Impl {
   const ModelFile& file;
   gpu::Device& device;
   Collectives& collectives;
-  std::function<void(uint64_t)> progress;
   const ModelConfig config;
   const TensorSlice slice;
   std::vector<TensorSlice> slices;  // of all ranks
@@ -206,10 +204,11 @@ struct Transformer::Impl {
   Tensor output_norm;
   std::unique_ptr<gpu::Linear> output;
   std::vector<Layer> layers;
+  uint64_t loaded = 0;  // bytes of weights so far, as bf16
 };
 
 Transformer::Transformer(const ModelFile& file, gpu::Device& device, Collectives& collectives,
-                         const std::function<void(uint64_t)>& progress)
+                         const LoadProgress& progress)
     : impl_(std::make_unique<Impl>(file, device, collectives, progress)) {}
 
 Transformer::~Transformer() = default;

@@ -42,15 +42,18 @@ struct Activations {
   void Resize(int64_t rows);
 };
 
+// So many layers are loaded, and so many bytes of weights as bf16.
+using LoadProgress = std::function<void(int32_t layers, uint64_t bytes)>;
+
 // A llama-family decoder on one device, as one tensor-parallel rank. Layers are two stages, before
 // and after attention; whoever attends in between (window, resident KV, host ranks) is not its
 // business. Neither stage blocks on anything but the device and the collectives.
 class Transformer {
  public:
-  // Loads this rank's slice of the weights. `progress(bytes)`, where set, is called after each
-  // tensor with the bytes it takes as bf16. `device` and `collectives` must outlive this.
+  // Loads this rank's slice of the weights. `progress`, where set, is called after each layer.
+  // `device` and `collectives` must outlive this.
   Transformer(const ModelFile& file, gpu::Device& device, Collectives& collectives,
-              const std::function<void(uint64_t)>& progress);
+              const LoadProgress& progress);
   ~Transformer();
 
   const ModelConfig& config() const;

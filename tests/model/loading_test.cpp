@@ -5,6 +5,7 @@
 #include <map>
 #include <mutex>
 #include <set>
+#include <string>
 
 #include "runtime/base/single_rank.h"
 #include "runtime/model/mapped_model.h"
@@ -98,8 +99,18 @@ TEST_P(Loading, ReadsEveryElementOnce) {
   ThreadRanks(ranks).Run([&](Collectives& host) {
     const auto device = gpu::MakeTestDevice({.threads = 2});
     const auto collectives = device->MakeCollectives(std::make_unique<BorrowedCollectives>(host));
-    const Transformer transformer(*models[static_cast<size_t>(host.rank())], *device, *collectives,
-                                  nullptr);
+    const CountingModel& model = *models[static_cast<size_t>(host.rank())];
+    int32_t layers = 0;
+    uint64_t bytes = 0;
+    const Transformer transformer(model, *device, *collectives, [&](int32_t l, uint64_t b) {
+      EXPECT_EQ(l, ++layers);
+      EXPECT_GT(b, bytes);
+      bytes = b;
+    });
+    EXPECT_EQ(layers, config.layers);
+    uint64_t elements = 0;
+    model.ForEach([&](const std::string&, int count) { elements += static_cast<uint64_t>(count); });
+    EXPECT_EQ(bytes, elements * sizeof(bf16));
   });
   std::map<std::string, std::vector<int>> sums;
   for (const auto& model : models) {

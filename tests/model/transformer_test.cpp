@@ -121,7 +121,7 @@ TEST(Transformer, WeightsAreHeldOnceAndReported) {
     const auto device = gpu::MakeTestDevice({.threads = 2});
     uint64_t reported = 0;
     const Transformer transformer(model, *device, alone,
-                                  [&](uint64_t bytes) { reported += bytes; });
+                                  [&](int32_t, uint64_t bytes) { reported = bytes; });
     const uint64_t layer = 128 * (8 + 2 + 2) * 32 + 8 * 32 * 128 + 3 * 256 * 128;
     const uint64_t matrices = (tied ? 1 : 2) * 640 * 128 + 2 * layer;
     const uint64_t norms = (2 * 2 + 1) * 128;
