@@ -64,12 +64,25 @@ struct KvView {
   int64_t tokens = 0;              // valid slots
 };
 
+// Rows of a prompt's K and V up to the next multiple of this let a GPU attend fastest.
+inline constexpr int64_t kCausalPadding = 128;
+
 // Partial results of a batch: max, den: [n, heads] f32; num: [n, heads·head_dim] f32; device
 // memory.
 struct Partials {
   Tensor max;
   Tensor den;
   Tensor num;
+};
+
+// How a token is chosen from a row of logits: the likeliest (the lowest of equal ones) where
+// temperature ≤ 0. Else of the smallest set of likeliest tokens (of equal ones the lower) whose
+// softmax(logits / temperature) sums to top_p or more, the first, in the order of ids, at which the
+// sum passes `draw` of the set's.
+struct SamplingRule {
+  double temperature = 0;
+  double top_p = 1;
+  double draw = 0;  // in [0, 1)
 };
 
 // Completion of all work issued before it was recorded.
@@ -140,9 +153,10 @@ class Device {
   // out = in, between f32 and bf16 or within one type.
   virtual void Convert(Tensor in, Tensor out) = 0;
 
-  // ids[i] = column of the largest value of row i, the lowest of equal ones; −1 where the row has a
-  // NaN. x: [n, cols] f32; ids: [n] in staging memory, there when an event behind is done.
-  virtual void ArgMax(Tensor x, std::span<int32_t> ids) = 0;
+  // ids[i] = the token that rules[i] chooses from row i; −1 where the row has a NaN. x: [n, cols]
+  // f32; ids: [n] in staging memory, there when an event behind is done. Weights are at least as
+  // exact as float32's, their sums are float64: devices may differ where a draw falls on an edge.
+  virtual void Sample(Tensor x, std::span<const SamplingRule> rules, std::span<int32_t> ids) = 0;
 
   // Reserves the KV pool: `pages` pages of this shape. Page numbers are the caller's to hand out.
   virtual void CreateKvPool(const AttentionShape& shape, int32_t pages) = 0;
@@ -156,7 +170,8 @@ class Device {
   virtual void DecodeAttention(Tensor q, std::span<const KvView> views, Partials out) = 0;
   // Causal attention of a prefill chunk: query row i stands at position start + i and sees keys
   // 0 … start + i (the last `window` of them where window > 0). q: [n, heads·head_dim] f32;
-  // k, v: [≥ start + n, kv_heads·head_dim] bf16; out: [n, heads·head_dim] activation_type.
+  // k, v: [≥ start + n, kv_heads·head_dim] bf16, whose rows from start + n to the next multiple of
+  // kCausalPadding may be overwritten; out: [n, heads·head_dim] activation_type or f32.
   virtual void CausalAttention(const AttentionShape& shape, Tensor q, Tensor k, Tensor v,
                                int64_t start, int64_t window, Tensor out) = 0;
 

@@ -14,17 +14,21 @@ nccl=()
 if echo '#include <nccl.h>' | "$nvcc" -x cu -E - >/dev/null 2>&1; then
   nccl=(-DPASSEL_NCCL tests/gpu/nccl_test.cpp gpu/cuda/nccl_collectives.cpp)
 fi
-for source in gpu/cuda/*.cu $(ls gpu/cuda/*.cpp | grep -v nccl) "${nccl[@]:1}" gpu/device.cpp gpu/staged_collectives.cpp runtime/base/{error,random}.cpp \
-    tests/gpu/{ops,matmul,attention,cuda}_test.cpp tests/gpu/cuda_backend.cpp; do
+cudnn=()
+if echo '#include <cudnn.h>' | "$nvcc" -x cu -E - >/dev/null 2>&1 && [[ -d .deps/cudnn_frontend ]]; then
+  cudnn=(-DPASSEL_CUDNN -I.deps/cudnn_frontend/include gpu/cuda/cudnn_attention.cpp)
+fi
+for source in gpu/cuda/*.cu $(ls gpu/cuda/*.cpp | grep -v -e nccl -e cudnn) "${nccl[@]:1}" "${cudnn[@]:2}" gpu/device.cpp gpu/staged_collectives.cpp runtime/base/{error,random}.cpp \
+    tests/gpu/{ops,matmul,attention,sampling,cuda}_test.cpp tests/gpu/cuda_backend.cpp; do
   object=$build/$(echo "$source" | tr / _).o
   objects+=("$object")
-  "$nvcc" -std=c++20 --extended-lambda -O3 -arch="${ARCH:-native}" -Xcompiler=-Wall -I. "${nccl[@]:0:1}" \
+  "$nvcc" -std=c++20 --extended-lambda -O3 -arch="${ARCH:-native}" -Xcompiler=-Wall -I. "${nccl[@]:0:1}" "${cudnn[@]:0:2}" \
     -c "$source" -o "$object" &
   pids+=($!)
 done
 for pid in "${pids[@]}"; do wait "$pid"; done
 "$nvcc" -arch="${ARCH:-native}" "${objects[@]}" -o "$build/cuda_test" -lgtest -lcublas -lpthread \
-  ${nccl:+-lnccl}
+  ${nccl:+-lnccl} ${cudnn:+-lcudnn -lnvrtc}
 run=()
 if [[ -n ${CHECK:-} ]]; then
   # Calls that a test expects to fail are no errors.

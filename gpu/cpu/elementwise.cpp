@@ -196,23 +196,4 @@ void CpuDevice::NormalizePartials(Partials partials, Tensor out) {
   });
 }
 
-void CpuDevice::ArgMax(Tensor x, std::span<int32_t> ids) {
-  Check(x.type == DType::kF32 && x.cols > 0 && static_cast<int64_t>(ids.size()) == x.rows,
-        "ArgMax: shapes disagree");
-  ForRows(x.rows, x.cols, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const float* row = RowPtr<float>(x, i);
-      int64_t best = 0;
-      for (int64_t j = 0; j < x.cols && best >= 0; ++j) {
-        if (std::isnan(row[j])) {
-          best = -1;
-        } else if (row[j] > row[best]) {
-          best = j;
-        }
-      }
-      ids[static_cast<size_t>(i)] = static_cast<int32_t>(best);
-    }
-  });
-}
-
 }  // namespace passel::gpu::cpu

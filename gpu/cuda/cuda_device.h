@@ -10,6 +10,9 @@
 #include "gpu/cuda/memory.h"
 #include "gpu/cuda/upload_ring.h"
 #include "gpu/device.h"
+#ifdef PASSEL_CUDNN
+#include "gpu/cuda/cudnn_attention.h"
+#endif
 
 namespace passel::gpu::cuda {
 
@@ -41,7 +44,7 @@ class CudaDevice final : public Device {
   void HeadRmsNorm(Tensor x, int32_t head_dim, Tensor weight, float eps) override;
   void Add(Tensor into, Tensor delta) override;
   void Convert(Tensor in, Tensor out) override;
-  void ArgMax(Tensor x, std::span<int32_t> ids) override;
+  void Sample(Tensor x, std::span<const SamplingRule> rules, std::span<int32_t> ids) override;
   void CreateKvPool(const AttentionShape& shape, int32_t pages) override;
   void StoreKv(std::span<const int32_t> pages, std::span<const int64_t> slots, Tensor k,
                Tensor v) override;
@@ -88,6 +91,10 @@ class CudaDevice final : public Device {
 
   std::unique_ptr<Buffer> projections_;
   int32_t hash_dim_ = 0, hash_bits_ = 0, hash_tables_ = 0;
+
+#ifdef PASSEL_CUDNN
+  CudnnAttention cudnn_attention_{stream_.get};
+#endif
 };
 
 }  // namespace passel::gpu::cuda

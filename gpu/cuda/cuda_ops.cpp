@@ -86,10 +86,12 @@ void CudaDevice::Convert(Tensor in, Tensor out) {
   LaunchConvert(stream_.get, in, out);
 }
 
-void CudaDevice::ArgMax(Tensor x, std::span<int32_t> ids) {
-  Check(x.type == DType::kF32 && x.cols > 0 && static_cast<int64_t>(ids.size()) == x.rows,
-        "ArgMax: shapes disagree");
-  LaunchArgMax(stream_.get, x, ids.data());
+void CudaDevice::Sample(Tensor x, std::span<const SamplingRule> rules, std::span<int32_t> ids) {
+  Check(x.type == DType::kF32 && x.cols > 0 && static_cast<int64_t>(ids.size()) == x.rows &&
+            rules.size() == ids.size(),
+        "Sample: shapes disagree");
+  if (x.rows == 0) return;
+  LaunchSample(stream_.get, x, ring_.Upload(rules), ids.data());
 }
 
 void CudaDevice::CreateKvPool(const AttentionShape& shape, int32_t pages) {
@@ -187,6 +189,11 @@ void CudaDevice::CausalAttention(const AttentionShape& shape, Tensor q, Tensor k
             v.rows >= start + q.rows && k.cols == shape.kv_heads * head_dim && v.cols == k.cols &&
             IsAligned(k) && IsAligned(v),
         "CausalAttention: k and v do not fit q");
+  if (q.rows == 0) return;
+#ifdef PASSEL_CUDNN
+  // The bits of cuDNN's results depend on its version and, between chunk sizes, on its choices.
+  if (!deterministic_ && cudnn_attention_.Run(shape, q, k, v, start, window, out)) return;
+#endif
   LaunchCausalAttention(stream_.get, shape, q, k, v, start, window, out);
 }
 

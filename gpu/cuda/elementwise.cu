@@ -87,46 +87,6 @@ __global__ void __launch_bounds__(32 * kHeadNormWarps)
   for (int j = lane; j < head_dim; j += 32) head[j] = head[j] * scale * weight[first + j];
 }
 
-constexpr int kArgMaxThreads = 1024;
-
-// A value and its column. The better one is the larger, then the one further left; NaN beats all.
-struct Candidate {
-  float value;
-  int32_t column;
-};
-
-__device__ inline Candidate Better(const Candidate& a, const Candidate& b) {
-  if (isnan(a.value)) return a;
-  if (isnan(b.value) || b.value > a.value) return b;
-  return b.value == a.value && b.column < a.column ? b : a;
-}
-
-__device__ inline Candidate BetterOfWarp(Candidate c) {
-  for (int offset = 16; offset > 0; offset /= 2) {
-    c = Better(c, {__shfl_xor_sync(0xffffffffu, c.value, offset),
-                   __shfl_xor_sync(0xffffffffu, c.column, offset)});
-  }
-  return c;
-}
-
-__global__ void __launch_bounds__(kArgMaxThreads) ArgMaxKernel(Tensor x, int32_t* ids) {
-  __shared__ Candidate candidates[kArgMaxThreads / 32];
-  LetNextKernelStart();
-  WaitForEarlierKernels();
-  const float* row = F32Row(x, blockIdx.x);
-  // Beyond the last column: what loses against every number.
-  Candidate best{-INFINITY, INT32_MAX};
-  for (int64_t j = threadIdx.x; j < x.cols; j += kArgMaxThreads) {
-    best = Better(best, {row[j], static_cast<int32_t>(j)});
-  }
-  best = BetterOfWarp(best);
-  if (threadIdx.x % 32 == 0) candidates[threadIdx.x / 32] = best;
-  __syncthreads();
-  if (threadIdx.x >= 32) return;
-  best = BetterOfWarp(candidates[threadIdx.x]);
-  if (threadIdx.x == 0) ids[blockIdx.x] = isnan(best.value) ? -1 : best.column;
-}
-
 struct PutArgs {
   uint32_t* to;
   int32_t words;
@@ -215,12 +175,6 @@ void LaunchSumRows(cudaStream_t stream, const float* in, int64_t rows, int64_t c
     for (int64_t i = 1; i < rows; ++i) sum += in[i * cols + j];
     out[j] = sum;
   });
-}
-
-void LaunchArgMax(cudaStream_t stream, Tensor x, int32_t* ids) {
-  if (x.rows == 0) return;
-  LaunchBehind(stream, dim3(static_cast<unsigned>(x.rows)), kArgMaxThreads, 0, "launch of ArgMax",
-               ArgMaxKernel, x, ids);
 }
 
 void LaunchConvert(cudaStream_t stream, Tensor in, Tensor out) {

@@ -38,7 +38,8 @@ void LaunchConvert(cudaStream_t stream, Tensor in, Tensor out);
 // out[j] = Σ_i in[i, j], in the order of i. in: [rows, cols] f32.
 void LaunchSumRows(cudaStream_t stream, const float* in, int64_t rows, int64_t cols, float* out);
 
-void LaunchArgMax(cudaStream_t stream, Tensor x, int32_t* ids);
+// Choice of tokens (sampling.cu).
+void LaunchSample(cudaStream_t stream, Tensor x, const SamplingRule* rules, int32_t* ids);
 
 // Column means (column_mean.cu). sums: scratch of ColumnMeanScratch(rows, cols) bytes.
 size_t ColumnMeanScratch(int64_t rows, int64_t cols);

@@ -50,13 +50,13 @@ struct Workspace {
 };
 
 // Prefill of one request, layer by layer over the whole prompt, in chunks. A layer's K, V and codes
-// leave for the host ranks when the layer is through.
+// leave for the host ranks, piece by piece, while the next layer computes.
 class PrefillJob {
  public:
   PrefillJob(Workspace& workspace, Sequence& sequence, model::Activations& activations);
-  // What one takes of the device's memory: bytes for each token of the prompt, and for codes.
+  // What one takes of the device's memory: bytes for each token of the prompt, and beside them.
   static uint64_t BytesPerToken(const Workspace& workspace);
-  static uint64_t CodeBytes(const Workspace& workspace);
+  static uint64_t FixedBytes(const Workspace& workspace);
 
   // Does one chunk of one layer; true when all is done and the activations hold the logits of the
   // last position. Does nothing while too much is under way to the hosts: see Blocked.
@@ -64,9 +64,34 @@ class PrefillJob {
   bool Blocked() const;
 
  private:
+  // K and V of a layer. Layers take turns between two where they leave for hosts.
+  struct LayerKv {
+    gpu::Tensor k, v;
+  };
+  // What leaves for the hosts: first the mean of the layer's keys, where it hashes, then tokens
+  // [done, tokens).
+  struct Offload {
+    int32_t layer = -1;
+    int64_t tokens = 0, done = 0;
+    bool codes = false;
+    bool open = false;  // a piece is still to be issued
+  };
+  // A piece on its way to host memory: the mean, K, V and codes in one buffer.
+  struct Piece {
+    int32_t layer = -1;
+    int64_t first = 0, rows = 0;
+    bool codes = false;
+    std::unique_ptr<gpu::Buffer> memory;
+    std::unique_ptr<gpu::Event> copied;  // null: none is under way
+  };
+
   void Chunk(int64_t start, int64_t count);
   void FinishLayer();
-  void SendLayer(uint64_t tokens);
+  void BeginOffload();
+  void NextPiece();
+  void IssuePiece();
+  void SendPiece();
+  LayerKv& Kv(int32_t layer) { return kv_[static_cast<size_t>(layer) % kv_.size()]; }
 
   Workspace& w_;
   Sequence& sequence_;
@@ -74,7 +99,10 @@ class PrefillJob {
   int32_t layer_ = 0;
   int64_t next_ = 0;  // first position of the next chunk
   std::unique_ptr<gpu::Buffer> hidden_memory_, kv_memory_, codes_memory_;
-  gpu::Tensor hidden_, k_, v_, codes_;
+  gpu::Tensor hidden_, codes_;
+  std::vector<LayerKv> kv_;
+  Offload offload_;
+  Piece piece_;
 };
 
 // One decode step of a micro-batch: a state machine that never blocks on a host's reply.

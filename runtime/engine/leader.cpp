@@ -62,8 +62,7 @@ void Leader::Run() {
     }
     rank_.BroadcastPlan(plan);
     const auto start = Clock::now();
-    rank_.Execute(plan,
-                  [this](RequestId id, const ModelRank::NextLogits& next) { OnLogits(id, next); });
+    rank_.Execute(plan, this);
     if (plan.decode_size() > 0 && plan.prefill_steps() == 0) {
       tuner_.Took(plan.micro_batches(),
                   std::chrono::duration<double>(Clock::now() - start).count());
@@ -249,7 +248,12 @@ bool Leader::MakePlan(cluster::proto::StepPlan* plan) {
   return plan->admit_size() + plan->release_size() + plan->decode_size() > 0 || prefill;
 }
 
-void Leader::OnLogits(RequestId id, const ModelRank::NextLogits& next) {
+gpu::SamplingRule Leader::RuleOf(RequestId id) {
+  const Active& a = active_.at(id.value);
+  return RuleFor(a.request.sampling, a.result.tokens.size());
+}
+
+void Leader::OnToken(RequestId id, const ModelRank::NextToken& next) {
   Active& a = active_.at(id.value);
   const auto now = Clock::now();
   if (a.state == State::kPrefill) {
@@ -258,18 +262,14 @@ void Leader::OnLogits(RequestId id, const ModelRank::NextLogits& next) {
     a.result.ttft_s = std::chrono::duration<double>(now - a.admitted).count();
     report_.Event("decode_start", job_.self.value, id);
   }
-  const SamplingParams& sampling = a.request.sampling;
-  // The likeliest token is known already; all else needs the logits here.
-  const bool all = sampling.temperature > 0 || sampling.top_logprobs >= 0 || next.best < 0;
-  const std::span<const float> logits = all ? next.fetch() : std::span<const float>{};
-  const int32_t token = all ? SampleToken(logits, sampling, a.result.tokens.size()) : next.best;
+  const int32_t token = next.id;
   const auto stops = tokenizer_.stop_ids();
   const bool ends =
       !a.request.ignore_eos && std::find(stops.begin(), stops.end(), token) != stops.end();
   report_.Generated(1);
   a.result.tokens.push_back(token);
-  if (sampling.top_logprobs >= 0) {
-    a.result.logprobs.push_back(ComputeLogprobs(logits, token, sampling.top_logprobs));
+  if (const int32_t top = a.request.sampling.top_logprobs; top >= 0) {
+    a.result.logprobs.push_back(ComputeLogprobs(next.logits(), token, top));
   }
   if (ends) {
     a.result.text += a.detokenizer->Flush();

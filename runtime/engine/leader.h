@@ -19,7 +19,7 @@ namespace passel::engine {
 
 // Model rank 0's part beyond executing: takes requests in, admits them as memory allows, decides
 // each step, chooses tokens, and hands results out.
-class Leader {
+class Leader final : private ModelRank::TokenHandler {
  public:
   Leader(const Job& job, ModelRank& rank, const Tokenizer& tokenizer, RequestSource& source,
          ResultSink& sink, Report& report);
@@ -51,7 +51,8 @@ class Leader {
   cluster::RequestDemand Demand(const Request& request) const;
   std::vector<uint32_t> HostsOf(const Active& active) const;
   bool MakePlan(cluster::proto::StepPlan* plan);
-  void OnLogits(RequestId id, const ModelRank::NextLogits& next);
+  gpu::SamplingRule RuleOf(RequestId id) override;
+  void OnToken(RequestId id, const ModelRank::NextToken& next) override;
   void Finish(Active& active, FinishReason reason);
   void Release(Active& active);
   void Fail(const Request& request, int status, const std::string& message);

@@ -30,7 +30,7 @@ ModelRank::ModelRank(const Job& job, gpu::Device& device, const model::Transform
         job.model.head_dim, static_cast<int32_t>(a.k()), static_cast<int32_t>(a.l()));
   }
   logits_row_ = device.AllocateStaging(static_cast<size_t>(job.model.vocab) * sizeof(float));
-  best_ids_ = device.AllocateStaging(job.config.engine().max_batch() * sizeof(int32_t));
+  chosen_ids_ = device.AllocateStaging(job.config.engine().max_batch() * sizeof(int32_t));
   // What decoding needs is made before the KV pool takes the rest.
   const config::Engine& engine = job.config.engine();
   const uint64_t parts = link_ ? MicroBatchTuner::Most(engine.micro_batches()) : 1;
@@ -53,10 +53,10 @@ void ModelRank::CreateKvPool() {
   uint64_t left = take(budget, device_.allocated_bytes()) / 20 * 19;
   left = take(left, max_batch * MeansBytes());
   // Prefill holds a layer of a whole prompt: of the longest, or as much as half of what is left.
-  const uint64_t codes = PrefillJob::CodeBytes(workspace_);
+  const uint64_t fixed = PrefillJob::FixedBytes(workspace_);
   const uint64_t token = PrefillJob::BytesPerToken(workspace_);
-  const uint64_t prompt = std::min(context, take(left / 2, codes) / token);
-  left = take(left, codes + prompt * token);
+  const uint64_t prompt = std::min(context, take(left / 2, fixed) / token);
+  left = take(left, fixed + prompt * token);
   // No more than a full batch of the longest requests needs.
   const uint64_t wanted =
       static_cast<uint64_t>(workspace_.PagesFor(job_.model.context_length)) * max_batch;
@@ -117,11 +117,11 @@ void ModelRank::Follow() {
   }
 }
 
-void ModelRank::Execute(const cluster::proto::StepPlan& plan, const LogitsHandler& logits) {
+void ModelRank::Execute(const cluster::proto::StepPlan& plan, TokenHandler* handler) {
   for (const uint64_t id : plan.release()) Release(id);
   for (const auto& admit : plan.admit()) Admit(admit);
-  if (plan.decode_size() > 0) Decode(plan, logits);
-  if (plan.prefill_steps() > 0) Prefill(plan.prefill(), plan.prefill_steps(), logits);
+  if (plan.decode_size() > 0) Decode(plan, handler);
+  if (plan.prefill_steps() > 0) Prefill(plan.prefill(), plan.prefill_steps(), handler);
 }
 
 void ModelRank::Admit(const cluster::proto::StepPlan::Admit& admit) {
@@ -155,26 +155,29 @@ void ModelRank::Pump(int milliseconds) {
 }
 
 void ModelRank::Emit(std::span<Sequence* const> sequences, const gpu::Tensor& rows,
-                     const LogitsHandler& logits) {
-  if (!logits) return;
-  const std::span<int32_t> best(static_cast<int32_t*>(best_ids_->data()), sequences.size());
-  device_.ArgMax(rows, best);
+                     TokenHandler* handler) {
+  if (!handler) return;
+  std::vector<gpu::SamplingRule> rules;
+  for (const Sequence* s : sequences) rules.push_back(handler->RuleOf(s->id));
+  const std::span<int32_t> ids(static_cast<int32_t*>(chosen_ids_->data()), sequences.size());
+  device_.Sample(rows, rules, ids);
   device_.Record()->Wait();
   collectives_.ThrowIfFailed();
   for (size_t i = 0; i < sequences.size(); ++i) {
+    Check(ids[i] >= 0, "a logit is NaN");
     const std::span<float> row(static_cast<float*>(logits_row_->data()),
                                static_cast<size_t>(job_.model.vocab));
-    logits(sequences[i]->id, {best[i], [&] {
-                                device_.CopyToHost(row.data(),
-                                                   rows.Rows(static_cast<int64_t>(i), 1).data,
-                                                   row.size_bytes());
-                                device_.Record()->Wait();
-                                return std::span<const float>(row);
-                              }});
+    handler->OnToken(sequences[i]->id,
+                     {ids[i], [&] {
+                        device_.CopyToHost(row.data(), rows.Rows(static_cast<int64_t>(i), 1).data,
+                                           row.size_bytes());
+                        device_.Record()->Wait();
+                        return std::span<const float>(row);
+                      }});
   }
 }
 
-void ModelRank::Decode(const cluster::proto::StepPlan& plan, const LogitsHandler& logits) {
+void ModelRank::Decode(const cluster::proto::StepPlan& plan, TokenHandler* handler) {
   const auto batch = static_cast<uint64_t>(plan.decode_size());
   const uint64_t parts = std::clamp<uint64_t>(plan.micro_batches(), 1,
                                               std::min<uint64_t>(batch, micro_batches_.size()));
@@ -214,11 +217,11 @@ void ModelRank::Decode(const cluster::proto::StepPlan& plan, const LogitsHandler
   }
   for (const MicroBatch* m : running) {
     const auto n = static_cast<int64_t>(m->sequences().size());
-    Emit(m->sequences(), m->activations().logits.Rows(0, n), logits);
+    Emit(m->sequences(), m->activations().logits.Rows(0, n), handler);
   }
 }
 
-void ModelRank::Prefill(uint64_t id, uint32_t steps, const LogitsHandler& logits) {
+void ModelRank::Prefill(uint64_t id, uint32_t steps, TokenHandler* handler) {
   Live& live = sequences_.at(id);
   // One request prefills at a time, so only one holds a layer's K and V of a whole prompt.
   if (!live.prefill) {
@@ -234,7 +237,7 @@ void ModelRank::Prefill(uint64_t id, uint32_t steps, const LogitsHandler& logits
     if (!live.prefill->Step()) continue;
     live.prefill.reset();
     Sequence* const sequence = live.sequence.get();
-    Emit(std::span(&sequence, 1), prefill_activations_->logits.Rows(0, 1), logits);
+    Emit(std::span(&sequence, 1), prefill_activations_->logits.Rows(0, 1), handler);
   }
 }
 

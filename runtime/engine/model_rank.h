@@ -21,16 +21,23 @@ class ModelRank {
   ModelRank(const Job& job, gpu::Device& device, const model::Transformer& transformer,
             Collectives& collectives, transport::Channel* channel, ControlHandler on_control);
 
-  // A sequence's logits: the likeliest token (the lowest of equal ones; −1 where a logit is NaN),
-  // and all, [vocab] f32, which have yet to be fetched from the device.
-  struct NextLogits {
-    int32_t best = -1;
-    std::function<std::span<const float>()> fetch;  // valid until the next call
+  // A sequence's next token, and the logits it was chosen from, [vocab] f32, which have yet to be
+  // fetched from the device.
+  struct NextToken {
+    int32_t id = 0;
+    std::function<std::span<const float>()> logits;  // valid until the next call
   };
-  using LogitsHandler = std::function<void(RequestId, const NextLogits&)>;
+  // Who decides how tokens are chosen, and takes them.
+  class TokenHandler {
+   public:
+    virtual ~TokenHandler() = default;
+    virtual gpu::SamplingRule RuleOf(RequestId request) = 0;
+    virtual void OnToken(RequestId request, const NextToken& next) = 0;
+  };
 
-  // Runs the plan to its end. `logits` is called for each sequence that has a new token to choose.
-  void Execute(const cluster::proto::StepPlan& plan, const LogitsHandler& logits);
+  // Runs the plan to its end. `handler` hears of each sequence that has a new token; null on ranks
+  // that choose none. Throws Error{kBug} where a logit is NaN.
+  void Execute(const cluster::proto::StepPlan& plan, TokenHandler* handler);
   // Follows the plans that rank 0 broadcasts until one says stop.
   void Follow();
   void BroadcastPlan(cluster::proto::StepPlan& plan);
@@ -54,11 +61,10 @@ class ModelRank {
   uint64_t LeastOfRanks(uint64_t value) const;
   void Admit(const cluster::proto::StepPlan::Admit& admit);
   void Release(uint64_t id);
-  void Decode(const cluster::proto::StepPlan& plan, const LogitsHandler& logits);
-  void Prefill(uint64_t id, uint32_t steps, const LogitsHandler& logits);
-  // Calls `logits` for the sequences whose logits are the rows of `rows`.
-  void Emit(std::span<Sequence* const> sequences, const gpu::Tensor& rows,
-            const LogitsHandler& logits);
+  void Decode(const cluster::proto::StepPlan& plan, TokenHandler* handler);
+  void Prefill(uint64_t id, uint32_t steps, TokenHandler* handler);
+  // Chooses the next tokens of the sequences whose logits are the rows of `rows`.
+  void Emit(std::span<Sequence* const> sequences, const gpu::Tensor& rows, TokenHandler* handler);
   void Pump(int milliseconds);
 
   const Job& job_;
@@ -72,7 +78,7 @@ class ModelRank {
   int64_t max_prompt_ = 0;
   KvPages pages_{0};
   std::map<uint64_t, Live> sequences_;
-  std::unique_ptr<gpu::Buffer> logits_row_, best_ids_;  // staging
+  std::unique_ptr<gpu::Buffer> logits_row_, chosen_ids_;  // staging
 };
 
 }  // namespace passel::engine

@@ -9,43 +9,73 @@ namespace {
 
 // Bytes to one host beyond which prefill waits.
 constexpr uint64_t kMaxPendingBytes = 64u << 20;
-// Rows hashed and copied off the device at a time.
-constexpr int64_t kOffloadRows = 2048;
 
 gpu::Tensor Matrix(void* data, gpu::DType type, int64_t rows, int64_t cols) {
   return {data, type, rows, cols, cols};
 }
 
+// Rows of K and V: whole tiles of a GPU's attention.
+int64_t Padded(int64_t rows) {
+  return (rows + gpu::kCausalPadding - 1) / gpu::kCausalPadding * gpu::kCausalPadding;
+}
+
+bool Offloads(const Workspace& w) {
+  return w.link && std::ranges::any_of(w.kinds, [](Job::LayerKind kind) {
+           return kind != Job::LayerKind::kResident;
+         });
+}
+
+int64_t CodeCols(const Workspace& w) {
+  return static_cast<int64_t>(w.job.wire_shape().l) * w.transformer.attention_shape().kv_heads;
+}
+
+// Rows hashed and copied off the device at a time: a piece for every chunk.
+int64_t PieceRows(const Workspace& w) { return w.job.config.engine().prefill_chunk(); }
+
 }  // namespace
 
 uint64_t PrefillJob::BytesPerToken(const Workspace& w) {
-  return static_cast<uint64_t>(w.job.model.hidden) * sizeof(float) + 2 * w.kv_cols() * sizeof(bf16);
+  const uint64_t layers = Offloads(w) ? 2 : 1;
+  return static_cast<uint64_t>(w.job.model.hidden) * sizeof(float) +
+         layers * 2 * w.kv_cols() * sizeof(bf16);
 }
 
-uint64_t PrefillJob::CodeBytes(const Workspace& w) {
-  if (!w.link || !w.job.lsh()) return 0;
-  const uint64_t codes = uint64_t{w.job.wire_shape().l} *
-                         static_cast<uint64_t>(w.transformer.attention_shape().kv_heads);
-  return static_cast<uint64_t>(kOffloadRows) * codes * sizeof(uint16_t);
+uint64_t PrefillJob::FixedBytes(const Workspace& w) {
+  const uint64_t padding =
+      static_cast<uint64_t>(gpu::kCausalPadding) * 4 * w.kv_cols() * sizeof(bf16);
+  if (!w.link || !w.job.lsh()) return padding;
+  return padding + static_cast<uint64_t>(PieceRows(w) * CodeCols(w)) * sizeof(uint16_t);
 }
 
 PrefillJob::PrefillJob(Workspace& workspace, Sequence& sequence, model::Activations& activations)
     : w_(workspace), sequence_(sequence), a_(activations) {
-  const auto n = static_cast<int64_t>(sequence.prompt.size());
+  const auto n = static_cast<int64_t>(sequence_.prompt.size());
   const auto cols = static_cast<int64_t>(w_.kv_cols());
   const int64_t hidden = w_.job.model.hidden;
   hidden_memory_ = w_.device.Allocate(static_cast<size_t>(n * hidden) * sizeof(float));
   hidden_ = Matrix(hidden_memory_->data(), gpu::DType::kF32, n, hidden);
-  kv_memory_ = w_.device.Allocate(static_cast<size_t>(2 * n * cols) * sizeof(bf16));
-  k_ = Matrix(kv_memory_->data(), gpu::DType::kBf16, n, cols);
-  v_ = Matrix(static_cast<bf16*>(kv_memory_->data()) + n * cols, gpu::DType::kBf16, n, cols);
-  if (w_.link && w_.job.lsh()) {
-    const auto codes =
-        static_cast<int64_t>(w_.job.wire_shape().l) * w_.transformer.attention_shape().kv_heads;
-    const int64_t rows = std::min(n, kOffloadRows);
-    codes_memory_ = w_.device.Allocate(static_cast<size_t>(rows * codes) * sizeof(uint16_t));
-    codes_ = Matrix(codes_memory_->data(), gpu::DType::kU16, rows, codes);
+  const int64_t rows = Padded(n);
+  kv_.resize(Offloads(w_) ? 2 : 1);
+  kv_memory_ = w_.device.Allocate(2 * kv_.size() * static_cast<size_t>(rows * cols) * sizeof(bf16));
+  auto* memory = static_cast<bf16*>(kv_memory_->data());
+  for (LayerKv& kv : kv_) {
+    for (gpu::Tensor* t : {&kv.k, &kv.v}) {
+      *t = Matrix(memory, gpu::DType::kBf16, rows, cols);
+      memory += rows * cols;
+    }
   }
+  if (!Offloads(w_)) return;
+  const int64_t piece = std::min(n, PieceRows(w_));
+  int64_t codes = 0;
+  if (w_.job.lsh()) {
+    codes = CodeCols(w_);
+    codes_memory_ = w_.device.Allocate(static_cast<size_t>(piece * codes) * sizeof(uint16_t));
+    codes_ = Matrix(codes_memory_->data(), gpu::DType::kU16, piece, codes);
+  }
+  piece_.memory = w_.device.AllocateStaging(
+      w_.kv_cols() * sizeof(float) +
+      static_cast<size_t>(piece) *
+          (2 * w_.kv_cols() * sizeof(bf16) + static_cast<size_t>(codes) * sizeof(uint16_t)));
 }
 
 bool PrefillJob::Blocked() const { return w_.link && w_.link->pending_bytes() > kMaxPendingBytes; }
@@ -55,11 +85,13 @@ bool PrefillJob::Step() {
   const auto n = static_cast<int64_t>(sequence_.prompt.size());
   const int64_t count = std::min<int64_t>(w_.job.config.engine().prefill_chunk(), n - next_);
   Chunk(next_, count);
+  NextPiece();
   next_ += count;
   if (next_ < n) return false;
   FinishLayer();
   next_ = 0;
   if (++layer_ < w_.job.model.layers) return false;
+  while (offload_.open || piece_.copied) NextPiece();
   w_.transformer.Logits(a_, a_.n - 1, 1);
   sequence_.tokens = n;
   return true;
@@ -75,19 +107,21 @@ void PrefillJob::Chunk(int64_t start, int64_t count) {
   }
   a_.n = count;
   w_.transformer.BeforeAttention(layer_, a_, positions);
-  w_.device.Convert(a_.k.Rows(0, count), k_.Rows(start, count));
-  w_.device.Convert(a_.v.Rows(0, count), v_.Rows(start, count));
+  const LayerKv& kv = Kv(layer_);
+  w_.device.Convert(a_.k.Rows(0, count), kv.k.Rows(start, count));
+  w_.device.Convert(a_.v.Rows(0, count), kv.v.Rows(start, count));
   // Of the last layer only the last position is read on.
   const bool last_layer = layer_ + 1 == w_.job.model.layers;
   if (last_layer && start + count < static_cast<int64_t>(sequence_.prompt.size())) return;
-  w_.device.CausalAttention(w_.transformer.attention_shape(), a_.q.Rows(0, count), k_, v_, start,
-                            w_.job.model.sliding_window, a_.attention.Rows(0, count));
+  w_.device.CausalAttention(w_.transformer.attention_shape(), a_.q.Rows(0, count), kv.k, kv.v,
+                            start, w_.job.model.sliding_window, a_.attention.Rows(0, count));
   w_.transformer.AfterAttention(layer_, a_);
 }
 
 void PrefillJob::FinishLayer() {
   const auto n = static_cast<int64_t>(sequence_.prompt.size());
   const auto layer = static_cast<size_t>(layer_);
+  const LayerKv& kv = Kv(layer_);
   std::vector<int64_t> slots;
   int64_t first = 0;  // positions [0, sinks) and [first, n) stay on the device
   int64_t sinks = 0;
@@ -101,55 +135,87 @@ void PrefillJob::FinishLayer() {
     if (begin == end) continue;
     slots.clear();
     for (int64_t p = begin; p < end; ++p) slots.push_back(w_.SlotOf(layer_, p));
-    w_.device.StoreKv(sequence_.pages[layer], slots, k_.Rows(begin, end - begin),
-                      v_.Rows(begin, end - begin));
+    w_.device.StoreKv(sequence_.pages[layer], slots, kv.k.Rows(begin, end - begin),
+                      kv.v.Rows(begin, end - begin));
   }
-  if (w_.kinds[layer] == Job::LayerKind::kResident) return;
-  // What the first decode step needs on the hosts: one token more than the prompt offloads.
-  const uint64_t tokens = w_.job.Offloaded(static_cast<uint64_t>(n) + 1);
-  SendLayer(tokens);
+  while (offload_.open) NextPiece();  // of the layer before
+  if (w_.kinds[layer] != Job::LayerKind::kResident) BeginOffload();
 }
 
-void PrefillJob::SendLayer(uint64_t tokens) {
+void PrefillJob::BeginOffload() {
   const auto n = static_cast<uint64_t>(sequence_.prompt.size());
-  const auto sinks = static_cast<int64_t>(w_.job.config.attention().sinks());
-  const auto prompt = static_cast<int64_t>(w_.job.Offloaded(n));
-  const bool codes =
-      w_.kinds[static_cast<size_t>(layer_)] == Job::LayerKind::kSampled && w_.job.lsh();
-  if (codes && sequence_.hosted.segments.empty()) return;
-  gpu::Tensor mean;
-  std::vector<float> mean_host(w_.kv_cols());
-  if (codes) {
-    mean = w_.Means(sequence_, layer_);
-    if (prompt > 0) {
-      w_.device.ColumnMean(k_.Rows(sinks, prompt), mean);
-    } else {
-      w_.device.CopyToDevice(mean.data, mean_host.data(), mean_host.size() * sizeof(float));
-    }
-    w_.device.CopyToHost(mean_host.data(), mean.data, mean_host.size() * sizeof(float));
-    w_.device.Record()->Wait();
-    w_.link->SendKeyMean(sequence_.hosted, layer_, mean_host.data());
+  // What the first decode step needs on the hosts: one token more than the prompt offloads.
+  offload_ = {layer_, static_cast<int64_t>(w_.job.Offloaded(n + 1)), 0,
+              w_.kinds[static_cast<size_t>(layer_)] == Job::LayerKind::kSampled && w_.job.lsh(),
+              false};
+  if (!offload_.codes) {
+    offload_.open = offload_.tokens > 0;
+    return;
   }
-  std::vector<bf16> k, v;
-  std::vector<uint16_t> code;
-  for (int64_t done = 0; done < static_cast<int64_t>(tokens);) {
-    const int64_t rows = std::min(kOffloadRows, static_cast<int64_t>(tokens) - done);
-    const size_t size = static_cast<size_t>(rows) * w_.kv_cols();
-    k.resize(size);
-    v.resize(size);
-    const gpu::Tensor k_rows = k_.Rows(sinks + done, rows);
-    w_.device.CopyToHost(k.data(), k_rows.data, size * sizeof(bf16));
-    w_.device.CopyToHost(v.data(), v_.Rows(sinks + done, rows).data, size * sizeof(bf16));
-    if (codes) {
-      code.resize(static_cast<size_t>(rows * codes_.cols));
-      w_.device.HashCodes(k_rows, mean, codes_.Rows(0, rows));
-      w_.device.CopyToHost(code.data(), codes_.data, code.size() * sizeof(uint16_t));
-    }
+  offload_.open = !sequence_.hosted.segments.empty();
+  if (!offload_.open) return;
+  const gpu::Tensor mean = w_.Means(sequence_, layer_);
+  if (const auto prompt = static_cast<int64_t>(w_.job.Offloaded(n)); prompt > 0) {
+    const auto sinks = static_cast<int64_t>(w_.job.config.attention().sinks());
+    w_.device.ColumnMean(Kv(layer_).k.Rows(sinks, prompt), mean);
+  } else {
+    const std::vector<float> zeros(w_.kv_cols());
+    w_.device.CopyToDevice(mean.data, zeros.data(), zeros.size() * sizeof(float));
     w_.device.Record()->Wait();
-    w_.link->SendKv(sequence_.hosted, layer_, static_cast<uint64_t>(done),
-                    static_cast<uint64_t>(rows), k.data(), v.data(), codes ? code.data() : nullptr);
-    done += rows;
   }
+}
+
+// The piece before is sent while the device is at work on what was issued behind it; then the next
+// one is copied, behind that.
+void PrefillJob::NextPiece() {
+  SendPiece();
+  if (offload_.open) IssuePiece();
+}
+
+void PrefillJob::IssuePiece() {
+  piece_.layer = offload_.layer;
+  piece_.first = offload_.done;
+  piece_.rows = std::min(PieceRows(w_), offload_.tokens - offload_.done);
+  piece_.codes = offload_.codes;
+  offload_.done += piece_.rows;
+  offload_.open = offload_.done < offload_.tokens;
+  auto* host = static_cast<std::byte*>(piece_.memory->data());
+  if (piece_.codes && piece_.first == 0) {
+    w_.device.CopyToHost(host, w_.Means(sequence_, piece_.layer).data,
+                         w_.kv_cols() * sizeof(float));
+  }
+  if (piece_.rows > 0) {
+    host += w_.kv_cols() * sizeof(float);
+    const int64_t first = piece_.first + w_.job.config.attention().sinks();
+    const LayerKv& kv = Kv(piece_.layer);
+    const gpu::Tensor k = kv.k.Rows(first, piece_.rows);
+    const size_t bytes = static_cast<size_t>(piece_.rows) * w_.kv_cols() * sizeof(bf16);
+    w_.device.CopyToHost(host, k.data, bytes);
+    w_.device.CopyToHost(host + bytes, kv.v.Rows(first, piece_.rows).data, bytes);
+    if (piece_.codes) {
+      const gpu::Tensor codes = codes_.Rows(0, piece_.rows);
+      w_.device.HashCodes(k, w_.Means(sequence_, piece_.layer), codes);
+      w_.device.CopyToHost(host + 2 * bytes, codes.data,
+                           static_cast<size_t>(codes.rows * codes.cols) * sizeof(uint16_t));
+    }
+  }
+  piece_.copied = w_.device.Record();
+}
+
+void PrefillJob::SendPiece() {
+  if (!piece_.copied) return;
+  piece_.copied->Wait();
+  piece_.copied.reset();
+  const auto* mean = static_cast<const float*>(piece_.memory->data());
+  if (piece_.codes && piece_.first == 0) {
+    w_.link->SendKeyMean(sequence_.hosted, piece_.layer, mean);
+  }
+  const auto* k = reinterpret_cast<const bf16*>(mean + w_.kv_cols());
+  const bf16* v = k + static_cast<size_t>(piece_.rows) * w_.kv_cols();
+  const bf16* codes = v + static_cast<size_t>(piece_.rows) * w_.kv_cols();
+  w_.link->SendKv(sequence_.hosted, piece_.layer, static_cast<uint64_t>(piece_.first),
+                  static_cast<uint64_t>(piece_.rows), k, v,
+                  piece_.codes ? reinterpret_cast<const uint16_t*>(codes) : nullptr);
 }
 
 }  // namespace passel::engine

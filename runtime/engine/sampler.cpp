@@ -5,7 +5,7 @@
 #include <numeric>
 #include <vector>
 
-#include "runtime/base/error.h"
+#include "runtime/base/random.h"
 
 namespace passel::engine {
 namespace {
@@ -22,41 +22,9 @@ bool Better(std::span<const float> logits, int32_t a, int32_t b) {
 
 }  // namespace
 
-int32_t SampleToken(std::span<const float> logits, const SamplingParams& params,
-                    uint64_t position) {
-  Check(!logits.empty(), "sampling from no logits");
-  for (const float x : logits) Check(!std::isnan(x), "a logit is NaN");
-  const int32_t best = Argmax(logits);
-  if (params.temperature <= 0) return best;
-
-  const double max = logits[static_cast<size_t>(best)];
-  std::vector<double> weight(logits.size());
-  double total = 0;
-  for (size_t i = 0; i < logits.size(); ++i) {
-    weight[i] = std::exp((logits[i] - max) / params.temperature);
-    total += weight[i];
-  }
-  std::vector<int32_t> order(logits.size());
-  std::iota(order.begin(), order.end(), 0);
-  double kept = total;
-  if (params.top_p < 1.0) {
-    // The smallest set of most likely tokens whose probability reaches top_p.
-    std::sort(order.begin(), order.end(),
-              [&](int32_t a, int32_t b) { return Better(logits, a, b); });
-    kept = 0;
-    size_t count = 0;
-    while (count < order.size() && (count == 0 || kept < params.top_p * total)) {
-      kept += weight[static_cast<size_t>(order[count++])];
-    }
-    order.resize(count);
-  }
+gpu::SamplingRule RuleFor(const SamplingParams& params, uint64_t position) {
   const uint64_t key[2] = {params.seed, position};
-  double target = Random(HashBytes(key, sizeof key)).Uniform() * kept;
-  for (const int32_t id : order) {
-    target -= weight[static_cast<size_t>(id)];
-    if (target < 0) return id;
-  }
-  return order.back();
+  return {params.temperature, params.top_p, Random(HashBytes(key, sizeof key)).Uniform()};
 }
 
 PositionLogprobs ComputeLogprobs(std::span<const float> logits, int32_t chosen, int32_t top) {

@@ -4,15 +4,14 @@
 #include <span>
 #include <string>
 
-#include "runtime/base/random.h"
+#include "gpu/device.h"
 #include "runtime/engine/request.h"
 
 namespace passel::engine {
 
-// Chooses a token from logits: [vocab]. `position` (tokens generated so far) and the request's seed
-// alone decide the random draw, so that a step that is redone draws the same. NaN logits throw
-// Error{kBug}. Ties go to the lower id.
-int32_t SampleToken(std::span<const float> logits, const SamplingParams& params, uint64_t position);
+// How the token at `position` (tokens generated so far) is chosen. The request's seed and the
+// position alone decide the draw, so that a step that is redone draws the same.
+gpu::SamplingRule RuleFor(const SamplingParams& params, uint64_t position);
 
 // Log-softmax of the chosen token and of the params.top_logprobs best.
 PositionLogprobs ComputeLogprobs(std::span<const float> logits, int32_t chosen, int32_t top);

@@ -3,18 +3,11 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
-#include <limits>
-#include <numeric>
 #include <set>
 #include <vector>
 
-#include "runtime/base/error.h"
-#include "runtime/base/random.h"
-
 namespace passel::engine {
 namespace {
-
-constexpr int kDraws = 40000;
 
 std::vector<double> Softmax(const std::vector<float>& logits, double temperature) {
   std::vector<double> p;
@@ -27,112 +20,41 @@ std::vector<double> Softmax(const std::vector<float>& logits, double temperature
   return p;
 }
 
-std::vector<int> Draw(const std::vector<float>& logits, SamplingParams params) {
-  std::vector<int> counts(logits.size());
-  for (int i = 0; i < kDraws; ++i) {
-    // Half of the draws differ in the seed, half in the position: both must be random.
-    params.seed = static_cast<uint64_t>(i % 200);
-    ++counts[static_cast<size_t>(SampleToken(logits, params, static_cast<uint64_t>(i / 200)))];
-  }
-  return counts;
-}
-
-double ChiSquare(const std::vector<int>& counts, const std::vector<double>& p) {
-  double sum = 0;
-  for (size_t i = 0; i < p.size(); ++i) {
-    if (p[i] == 0) {
-      EXPECT_EQ(counts[i], 0) << "token " << i << " has no probability";
-      continue;
-    }
-    const double want = kDraws * p[i];
-    sum += (counts[i] - want) * (counts[i] - want) / want;
-  }
-  return sum;
-}
-
 const std::vector<float> kLogits = {0.5f, -1.0f, 2.0f, 0.0f, 1.5f, -0.5f, 1.0f, -2.0f};
-constexpr double kLimit7 = 24.3;  // χ² of 7 degrees of freedom, 99.9%
-constexpr double kLimit2 = 13.8;  // of 2
 
-TEST(Sampler, GreedyTakesTheHighestAndTiesGoToTheLowerId) {
-  SamplingParams greedy;
-  greedy.temperature = 0;
-  EXPECT_EQ(SampleToken(std::vector<float>{1, 5, 5, 2}, greedy, 0), 1);
-  EXPECT_EQ(SampleToken(std::vector<float>{3, 1, 3, 3}, greedy, 9), 0);
-  const float infinity = std::numeric_limits<float>::infinity();
-  EXPECT_EQ(SampleToken(std::vector<float>{-infinity, -infinity, -1000}, greedy, 0), 2);
-}
-
-TEST(Sampler, NoLogitsAndNaNAreBugs) {
-  const float nan = std::numeric_limits<float>::quiet_NaN();
-  EXPECT_THROW(SampleToken({}, {}, 0), Error);
-  EXPECT_THROW(SampleToken(std::vector<float>{1, nan}, {}, 0), Error);
-}
-
-TEST(Sampler, FollowsTheSoftmaxAtEveryTemperature) {
-  for (const double temperature : {0.5, 1.0, 2.0}) {
-    SamplingParams params;
-    params.temperature = temperature;
-    EXPECT_LT(ChiSquare(Draw(kLogits, params), Softmax(kLogits, temperature)), kLimit7)
-        << "temperature " << temperature;
-  }
-}
-
-TEST(Sampler, ChiSquareSeesAWrongTemperature) {
-  SamplingParams params;
-  EXPECT_GT(ChiSquare(Draw(kLogits, params), Softmax(kLogits, 1.05)), kLimit7);
-}
-
-TEST(Sampler, TopPKeepsTheSmallestSetThatReachesIt) {
-  // The most likely are 2, 4 and 6: two of them miss 0.75, three reach it.
-  SamplingParams params;
-  params.top_p = 0.75;
-  std::vector<double> p = Softmax(kLogits, 1.0);
-  ASSERT_LT(p[2] + p[4], 0.75);
-  ASSERT_GT(p[2] + p[4] + p[6], 0.75);
-  const double kept = p[2] + p[4] + p[6];
-  for (size_t i = 0; i < p.size(); ++i) p[i] = i == 2 || i == 4 || i == 6 ? p[i] / kept : 0;
-  EXPECT_LT(ChiSquare(Draw(kLogits, params), p), kLimit2);
-}
-
-TEST(Sampler, TinyTopPAndTinyTemperatureAreGreedy) {
-  SamplingParams narrow;
-  narrow.top_p = 1e-9;
-  SamplingParams cold;
-  cold.temperature = 1e-4;
-  for (uint64_t i = 0; i < 200; ++i) {
-    EXPECT_EQ(SampleToken(kLogits, narrow, i), 2);
-    EXPECT_EQ(SampleToken(kLogits, cold, i), 2);
-  }
-}
-
-TEST(Sampler, TopPTiesGoToTheLowerId) {
-  SamplingParams narrow;
-  narrow.top_p = 0.4;  // of four equal tokens: two
-  std::set<int32_t> seen;
-  for (uint64_t i = 0; i < 200; ++i) {
-    seen.insert(SampleToken(std::vector<float>{1, 1, 1, 1}, narrow, i));
-  }
-  EXPECT_EQ(seen, (std::set<int32_t>{0, 1}));
-}
-
-TEST(Sampler, SeedAndPositionAloneDecideTheDraw) {
-  Random random(3);
-  std::vector<float> logits(1000);
-  for (float& x : logits) x = static_cast<float>(random.Normal());
-  SamplingParams params;
-  params.seed = 77;
-  std::set<int32_t> positions, seeds;
+TEST(RuleFor, SeedAndPositionAloneDecideTheDraw) {
+  SamplingParams params{.temperature = 0.7, .top_p = 0.9, .seed = 77};
+  std::set<double> positions, seeds;
   for (uint64_t position = 0; position < 50; ++position) {
-    const int32_t first = SampleToken(logits, params, position);
-    EXPECT_EQ(first, SampleToken(logits, params, position));
-    positions.insert(first);
+    const gpu::SamplingRule rule = RuleFor(params, position);
+    EXPECT_EQ(rule.temperature, 0.7);
+    EXPECT_EQ(rule.top_p, 0.9);
+    EXPECT_EQ(RuleFor(params, position).draw, rule.draw);
+    positions.insert(rule.draw);
     SamplingParams other = params;
     other.seed = position;
-    seeds.insert(SampleToken(logits, other, 0));
+    seeds.insert(RuleFor(other, 0).draw);
   }
-  EXPECT_GT(positions.size(), 30u);
-  EXPECT_GT(seeds.size(), 30u);
+  EXPECT_EQ(positions.size(), 50u);
+  EXPECT_EQ(seeds.size(), 50u);
+}
+
+TEST(RuleFor, DrawsAreUniformOverSeedsAndPositions) {
+  constexpr int kBins = 8, kDraws = 40000;
+  std::vector<int> by_seed(kBins), by_position(kBins);
+  for (uint64_t i = 0; i < kDraws; ++i) {
+    const auto bin = [](double draw) { return static_cast<size_t>(draw * kBins); };
+    ++by_seed.at(bin(RuleFor({.seed = i}, 3).draw));
+    ++by_position.at(bin(RuleFor({.seed = 5}, i).draw));
+  }
+  for (const auto& counts : {by_seed, by_position}) {
+    double sum = 0;
+    for (const int count : counts) {
+      const double want = double{kDraws} / kBins;
+      sum += (count - want) * (count - want) / want;
+    }
+    EXPECT_LT(sum, 24.3);  // χ² of 7 degrees of freedom, 99.9%
+  }
 }
 
 TEST(Logprobs, AreTheLogSoftmaxOfAllTokens) {

@@ -191,28 +191,6 @@ TEST(Convert, RoundsToNearestAndCopies) {
   EXPECT_TRUE(std::equal(z.begin() + 1, z.end(), x.begin() + 1));
 }
 
-TEST(ArgMax, TakesTheLowestOfTheLargestAndReportsNaN) {
-  const auto device = MakeDevice();
-  Random random(15);
-  const int64_t n = 6, cols = 5003;
-  auto x = RandomFloats(random, n * cols);
-  x[At(0, 4999, cols)] = 50;
-  x[At(1, 17, cols)] = x[At(1, 4098, cols)] = 50;
-  x[At(2, 0, cols)] = 50;
-  x[At(3, 2500, cols)] = NAN;
-  x[At(3, 100, cols)] = INFINITY;
-  for (int64_t j = 0; j < cols; ++j) x[At(4, j, cols)] = -INFINITY;
-  x[At(5, 3000, cols)] = INFINITY;
-  DeviceMatrix in(*device, DType::kF32, n, cols, 1);
-  in.Set(x);
-  const auto staging = device->AllocateStaging(static_cast<size_t>(n) * sizeof(int32_t));
-  const std::span<int32_t> ids(static_cast<int32_t*>(staging->data()), static_cast<size_t>(n));
-  device->ArgMax(in.tensor, ids);
-  device->Record()->Wait();
-  EXPECT_EQ(std::vector<int32_t>(ids.begin(), ids.end()),
-            (std::vector<int32_t>{4999, 17, 0, -1, 0, 3000}));
-}
-
 TEST(Add, Adds) {
   const auto device = MakeDevice();
   Random random(14);

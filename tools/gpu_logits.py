@@ -1,0 +1,68 @@
+#!/usr/bin/env python3
+"""Compares Passel's logits on a GPU with Hugging Face transformers', in float32 on the same GPU.
+
+    tools/gpu_logits.py MODEL_LOGITS HF_DIRECTORY [--ranks 1 2] [--backends CUDA CPU]
+
+MODEL_LOGITS is the program of that name (tests/model). Prints, for each backend and number of
+tensor-parallel ranks, the relative errors (L2, over the vocabulary) of a prompt's last position and
+of a continuation; ends with 1 where all together (RMS) exceed 2e-2.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+
+import numpy as np
+import torch
+import transformers
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("program")
+    parser.add_argument("directory")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--backends", nargs="+", default=["CUDA", "CPU"])
+    parser.add_argument("--prompt", type=int, default=700)
+    parser.add_argument("--then", type=int, default=12)
+    args = parser.parse_args()
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(args.directory, dtype=torch.float32)
+    model = model.cuda().eval()
+    vocabulary = model.config.vocab_size
+    generator = np.random.default_rng(5)
+    ids = generator.integers(0, vocabulary, args.prompt + args.then).tolist()
+    with torch.no_grad():
+        expected = model(torch.tensor([ids], device="cuda")).logits[0, args.prompt - 1:]
+    expected = expected.double().cpu().numpy()
+    del model
+    torch.cuda.empty_cache()
+
+    failed = False
+    with tempfile.TemporaryDirectory() as work:
+        tokens, out = os.path.join(work, "tokens.json"), os.path.join(work, "logits.f32")
+        with open(tokens, "w", encoding="utf-8") as file:
+            json.dump({"prompt": ids[:args.prompt], "then": ids[args.prompt:]}, file)
+        for backend in args.backends:
+            for ranks in args.ranks:
+                subprocess.run(
+                    ["mpirun", "--oversubscribe", "--bind-to", "none", "--mca", "pml", "ob1",
+                     "--mca", "btl", "self,vader", "-np", str(ranks), args.program,
+                     args.directory, tokens, out, backend],
+                    check=True, env={**os.environ, "OMPI_ALLOW_RUN_AS_ROOT": "1",
+                                     "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"})
+                got = np.fromfile(out, np.float32).reshape(-1, vocabulary).astype(np.float64)
+                errors = (np.linalg.norm(got - expected, axis=1) /
+                          np.linalg.norm(expected, axis=1))
+                rms = float(np.sqrt(np.mean(errors ** 2)))
+                failed |= not rms <= 2e-2
+                print(f"{backend}, T = {ranks}: relative error {rms:.2e} over {len(errors)} "
+                      f"positions, {errors.max():.2e} at most")
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()
