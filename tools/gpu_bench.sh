@@ -18,7 +18,7 @@ if [[ ! -f $model/config.json ]]; then python3 tools/make_random_model.py "$mode
 bench() {
   local ranks=$1 settings=()
   shift
-  for setting in gpu.backend=CUDA "$@" ${SET:-}; do settings+=(--set "$setting"); done
+  for setting in gpu.backend=CUDA engine.prefill_chunk=2048 "$@" ${SET:-}; do settings+=(--set "$setting"); done
   local_mpirun -np "$ranks" "$passel" bench --config configs/local.textproto \
     --set model.path="$model" "${settings[@]}" \
     --context "$contexts" --batch "$batches" --new-tokens 48
@@ -26,5 +26,5 @@ bench() {
 echo "== the GPU alone"
 bench 1
 echo "== with $hosts host ranks"
-bench $((hosts + 1)) attention.k=10 attention.l=150 host.block_tokens=32768 \
+bench $((hosts + 1)) cluster.placement=HEAD attention.k=10 attention.l=150 \
   host.threads="${THREADS:-4}"

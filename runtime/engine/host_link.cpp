@@ -1,6 +1,7 @@
 #include "runtime/engine/host_link.h"
 
 #include <spdlog/spdlog.h>
+#include <tbb/parallel_for_each.h>
 
 #include <algorithm>
 #include <chrono>
@@ -14,6 +15,7 @@ namespace {
 using Clock = std::chrono::steady_clock;
 // Tokens of a K, V frame: large enough to stream, small enough to stay below kMaxPayloadBytes.
 constexpr uint64_t kKvFrameTokens = 2048;
+constexpr uint64_t kParallelTokens = 64;
 
 cluster::HealthTracker Watch(const Job& job, std::span<const RankId> hosts) {
   const std::chrono::duration<double> timeout(job.config.cluster().failure_timeout_s());
@@ -133,8 +135,14 @@ void HostLink::SendQuery(uint16_t micro_batch, int32_t layer, uint64_t step,
 
 void HostLink::SendKv(const HostedRequest& hosted, int32_t layer, uint64_t first_token,
                       uint64_t count, const bf16* k, const bf16* v, const uint16_t* codes) {
-  const size_t d = shape_.head_dim;
+  const size_t d = shape_.head_dim, l = shape_.l;
   const auto heads = static_cast<size_t>(slice_.kv_heads);
+  struct Frame {
+    cluster::KvEntry entry;
+    uint32_t host;
+    std::vector<std::byte> payload;
+  };
+  std::vector<Frame> frames;
   for (uint64_t done = 0; done < count;) {
     const uint64_t token = first_token + done;
     const uint32_t segment = hosted.SegmentOf(token);
@@ -143,26 +151,37 @@ void HostLink::SendKv(const HostedRequest& hosted, int32_t layer, uint64_t first
         std::min({count - done, kKvFrameTokens, spec.first_token + spec.capacity - token});
     for (size_t head = 0; head < heads; ++head) {
       const auto kv_head = static_cast<uint32_t>(slice_.first_kv_head + static_cast<int>(head));
-      const cluster::KvEntry entry{hosted.request.value,     token,           kv_head,
-                                   static_cast<uint32_t>(n), codes ? 1u : 0u, 0};
-      std::vector<cluster::KvSpace> spaces;
-      auto payload = cluster::BuildKv(shape_, {&entry, 1}, &spaces);
-      for (uint64_t i = 0; i < n; ++i) {
-        const size_t at = ((done + i) * heads + head) * d;
-        std::copy_n(k + at, d, spaces[0].rows.begin() + static_cast<ptrdiff_t>(2 * i * d));
-        std::copy_n(v + at, d, spaces[0].rows.begin() + static_cast<ptrdiff_t>((2 * i + 1) * d));
-        if (codes) {
-          std::copy_n(codes + ((done + i) * heads + head) * shape_.l, shape_.l,
-                      spaces[0].codes.begin() + static_cast<ptrdiff_t>(i * shape_.l));
-        }
-      }
-      transport::FrameHeader h;
-      h.type = transport::FrameType::kKv;
-      h.layer = static_cast<uint16_t>(layer);
-      h.count = 1;
-      Send(hosted.placement.Owner(kv_head, segment), h, std::move(payload));
+      frames.push_back(
+          {{hosted.request.value, token, kv_head, static_cast<uint32_t>(n), codes ? 1u : 0u, 0},
+           hosted.placement.Owner(kv_head, segment),
+           {}});
     }
     done += n;
+  }
+  const auto fill = [&](Frame& frame) {
+    std::vector<cluster::KvSpace> spaces;
+    frame.payload = cluster::BuildKv(shape_, {&frame.entry, 1}, &spaces);
+    const size_t head = frame.entry.kv_head - static_cast<size_t>(slice_.first_kv_head);
+    for (uint64_t i = 0; i < frame.entry.count; ++i) {
+      const size_t at = (frame.entry.first_token - first_token + i) * heads + head;
+      bf16* row = spaces[0].rows.data() + 2 * i * d;
+      std::copy_n(k + at * d, d, row);
+      std::copy_n(v + at * d, d, row + d);
+      if (codes) std::copy_n(codes + at * l, l, spaces[0].codes.data() + i * l);
+    }
+  };
+  // The many tokens of a prompt are cut up by several threads.
+  if (count >= kParallelTokens) {
+    tbb::parallel_for_each(frames, fill);
+  } else {
+    for (Frame& frame : frames) fill(frame);
+  }
+  for (Frame& frame : frames) {
+    transport::FrameHeader h;
+    h.type = transport::FrameType::kKv;
+    h.layer = static_cast<uint16_t>(layer);
+    h.count = 1;
+    Send(frame.host, h, std::move(frame.payload));
   }
 }
 

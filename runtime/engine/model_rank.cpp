@@ -39,6 +39,23 @@ ModelRank::ModelRank(const Job& job, gpu::Device& device, const model::Transform
         std::make_unique<MicroBatch>(workspace_, static_cast<uint16_t>(part), engine.max_batch()));
   }
   CreateKvPool();
+  WarmUp();
+}
+
+// Attention of a prompt of one token, all zeros: what a library needs seconds for when it is first
+// used is not for the first request to wait for.
+void ModelRank::WarmUp() {
+  const auto cols = static_cast<int64_t>(workspace_.kv_cols());
+  const std::vector<bf16> zeros(static_cast<size_t>(gpu::kCausalPadding * cols));
+  const auto memory = device_.Allocate(zeros.size() * sizeof(bf16));
+  const gpu::Tensor kv{memory->data(), gpu::DType::kBf16, gpu::kCausalPadding, cols, cols};
+  model::Activations& a = *prefill_activations_;
+  a.Resize(1);
+  const std::vector<float> query(static_cast<size_t>(a.q.cols));
+  device_.CopyToDevice(kv.data, zeros.data(), memory->bytes());
+  device_.CopyToDevice(a.q.data, query.data(), query.size() * sizeof(float));
+  device_.CausalAttention(workspace_.transformer.attention_shape(), a.q, kv, kv, 0, 0, a.attention);
+  device_.Record()->Wait();
 }
 
 void ModelRank::CreateKvPool() {

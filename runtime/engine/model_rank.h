@@ -57,6 +57,7 @@ class ModelRank {
   };
 
   void CreateKvPool();
+  void WarmUp();
   uint64_t MeansBytes() const;
   uint64_t LeastOfRanks(uint64_t value) const;
   void Admit(const cluster::proto::StepPlan::Admit& admit);
