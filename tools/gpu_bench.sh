@@ -3,7 +3,7 @@
 #
 #   tools/gpu_bench.sh [CONTEXTS [BATCHES [HOST_RANKS]]]      default: 16384,98304 1,4 3
 # PASSEL names a binary to use instead of building one; MODEL a directory for the weights (16 GB).
-# THREADS: attention threads of a host rank (default 4). SET: further settings, "a=1 b=2".
+# THREADS: attention threads of a host rank (default 4). NEW: tokens to generate (default 48). SET: further settings, "a=1 b=2".
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tools/lib.sh
@@ -21,10 +21,10 @@ bench() {
   for setting in gpu.backend=CUDA engine.prefill_chunk=2048 "$@" ${SET:-}; do settings+=(--set "$setting"); done
   local_mpirun -np "$ranks" "$passel" bench --config configs/local.textproto \
     --set model.path="$model" "${settings[@]}" \
-    --context "$contexts" --batch "$batches" --new-tokens 48
+    --context "$contexts" --batch "$batches" --new-tokens "${NEW:-48}"
 }
 echo "== the GPU alone"
 bench 1
 echo "== with $hosts host ranks"
 bench $((hosts + 1)) cluster.placement=HEAD attention.k=10 attention.l=150 \
-  host.threads="${THREADS:-4}"
+  host.block_tokens=49152 host.threads="${THREADS:-4}"

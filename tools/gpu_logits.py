@@ -5,7 +5,8 @@
 
 MODEL_LOGITS is the program of that name (tests/model). Prints, for each backend and number of
 tensor-parallel ranks, the relative errors (L2, over the vocabulary) of a prompt's last position and
-of a continuation; ends with 1 where all together (RMS) exceed 2e-2.
+of a continuation, beside those of transformers in bf16; ends with 1 where all together (RMS)
+exceed 2e-2.
 """
 
 import argparse
@@ -18,6 +19,14 @@ import tempfile
 import numpy as np
 import torch
 import transformers
+
+
+def report(what: str, got: np.ndarray, expected: np.ndarray) -> float:
+    errors = np.linalg.norm(got - expected, axis=1) / np.linalg.norm(expected, axis=1)
+    rms = float(np.sqrt(np.mean(errors ** 2)))
+    print(f"{what}: relative error {rms:.2e} over {len(errors)} positions, {errors.max():.2e} at "
+          "most", flush=True)
+    return rms
 
 
 def main() -> None:
@@ -35,9 +44,15 @@ def main() -> None:
     vocabulary = model.config.vocab_size
     generator = np.random.default_rng(5)
     ids = generator.integers(0, vocabulary, args.prompt + args.then).tolist()
-    with torch.no_grad():
-        expected = model(torch.tensor([ids], device="cuda")).logits[0, args.prompt - 1:]
-    expected = expected.double().cpu().numpy()
+
+    def logits() -> np.ndarray:
+        with torch.no_grad():
+            rows = model(torch.tensor([ids], device="cuda")).logits[0, args.prompt - 1:]
+        return rows.double().cpu().numpy()
+
+    expected = logits()
+    model = model.to(torch.bfloat16)
+    report("transformers in bf16", logits(), expected)
     del model
     torch.cuda.empty_cache()
 
@@ -55,12 +70,7 @@ def main() -> None:
                     check=True, env={**os.environ, "OMPI_ALLOW_RUN_AS_ROOT": "1",
                                      "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"})
                 got = np.fromfile(out, np.float32).reshape(-1, vocabulary).astype(np.float64)
-                errors = (np.linalg.norm(got - expected, axis=1) /
-                          np.linalg.norm(expected, axis=1))
-                rms = float(np.sqrt(np.mean(errors ** 2)))
-                failed |= not rms <= 2e-2
-                print(f"{backend}, T = {ranks}: relative error {rms:.2e} over {len(errors)} "
-                      f"positions, {errors.max():.2e} at most")
+                failed |= not report(f"{backend}, T = {ranks}", got, expected) <= 2e-2
     sys.exit(failed)
 
 
