@@ -39,8 +39,11 @@ def main() -> None:
     parser.add_argument("--then", type=int, default=12)
     args = parser.parse_args()
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(args.directory, dtype=torch.float32)
-    model = model.cuda().eval()
+    def load(dtype: torch.dtype) -> torch.nn.Module:
+        return transformers.AutoModelForCausalLM.from_pretrained(args.directory,
+                                                                 dtype=dtype).cuda().eval()
+
+    model = load(torch.float32)
     vocabulary = model.config.vocab_size
     generator = np.random.default_rng(5)
     ids = generator.integers(0, vocabulary, args.prompt + args.then).tolist()
@@ -51,7 +54,9 @@ def main() -> None:
         return rows.double().cpu().numpy()
 
     expected = logits()
-    model = model.to(torch.bfloat16)
+    del model
+    torch.cuda.empty_cache()
+    model = load(torch.bfloat16)
     report("transformers in bf16", logits(), expected)
     del model
     torch.cuda.empty_cache()
