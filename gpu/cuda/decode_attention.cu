@@ -223,11 +223,14 @@ void LaunchForGroup(cudaStream_t stream, const DecodeArgs& args, int32_t max_spl
   return LaunchSplits<kLanes, 8>(stream, args, max_splits);
 }
 
-__device__ inline __nv_bfloat16* SlotElement(const PoolView& pool, int64_t slot, int64_t j,
-                                             int32_t part) {
-  const int64_t dim = pool.shape.head_dim;
-  const int64_t at = (slot * pool.shape.kv_heads + j / dim) * 2 * dim + part * dim + j % dim;
-  return static_cast<__nv_bfloat16*>(pool.data) + at;
+struct KeyAndValue {
+  Four k, v;
+};
+
+// K of all heads (part 0) or V (1) at a slot, as rows of kv_heads · 2 · head_dim elements.
+__device__ inline Tensor SlotRows(const PoolView& pool, int64_t part) {
+  const int64_t dim = pool.shape.head_dim, cols = 2 * pool.shape.kv_heads * dim;
+  return {static_cast<__nv_bfloat16*>(pool.data) + part * dim, DType::kBf16, 0, cols, cols};
 }
 
 }  // namespace
@@ -245,17 +248,30 @@ void CutDecodeRow(DecodeRow* row) {
 }
 
 void LaunchStoreKv(cudaStream_t stream, PoolView pool, const int64_t* slots, Tensor k, Tensor v) {
-  ForElements(stream, k.rows, k.cols, [=] __device__(int64_t i, int64_t j) {
-    *SlotElement(pool, slots[i], j, 0) = __float2bfloat16_rn(LoadElement(k, i, j));
-    *SlotElement(pool, slots[i], j, 1) = __float2bfloat16_rn(LoadElement(v, i, j));
-  });
+  const int64_t dim = pool.shape.head_dim;
+  ForFours(
+      stream, k.rows, pool.shape.kv_heads, dim,
+      [=] __device__(int64_t i, int64_t h, int64_t j, int count) {
+        return KeyAndValue{LoadFour(k, i, h * dim + j, count), LoadFour(v, i, h * dim + j, count)};
+      },
+      [=] __device__(int64_t i, int64_t h, int64_t j, int count, const KeyAndValue& both) {
+        StoreFour(SlotRows(pool, 0), slots[i], 2 * h * dim + j, count, both.k);
+        StoreFour(SlotRows(pool, 1), slots[i], 2 * h * dim + j, count, both.v);
+      });
 }
 
 void LaunchLoadKv(cudaStream_t stream, PoolView pool, const int64_t* slots, Tensor k, Tensor v) {
-  ForElements(stream, k.rows, k.cols, [=] __device__(int64_t i, int64_t j) {
-    static_cast<__nv_bfloat16*>(k.data)[i * k.stride + j] = *SlotElement(pool, slots[i], j, 0);
-    static_cast<__nv_bfloat16*>(v.data)[i * v.stride + j] = *SlotElement(pool, slots[i], j, 1);
-  });
+  const int64_t dim = pool.shape.head_dim;
+  ForFours(
+      stream, k.rows, pool.shape.kv_heads, dim,
+      [=] __device__(int64_t i, int64_t h, int64_t j, int count) {
+        return KeyAndValue{LoadFour(SlotRows(pool, 0), slots[i], 2 * h * dim + j, count),
+                           LoadFour(SlotRows(pool, 1), slots[i], 2 * h * dim + j, count)};
+      },
+      [=] __device__(int64_t i, int64_t h, int64_t j, int count, const KeyAndValue& both) {
+        StoreFour(k, i, h * dim + j, count, both.k);
+        StoreFour(v, i, h * dim + j, count, both.v);
+      });
 }
 
 void LaunchDecodeAttention(cudaStream_t stream, PoolView pool, Tensor q, const int32_t* pages,

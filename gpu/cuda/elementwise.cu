@@ -87,27 +87,41 @@ __global__ void __launch_bounds__(32 * kHeadNormWarps)
   for (int j = lane; j < head_dim; j += 32) head[j] = head[j] * scale * weight[first + j];
 }
 
+constexpr int kPutThreads = 256;
+
+template <size_t kBytes>
 struct PutArgs {
   uint32_t* to;
   int32_t words;
-  uint32_t content[kMaxPutBytes / 4];
+  uint32_t content[kBytes / 4];
 };
 
-__global__ void PutKernel(const __grid_constant__ PutArgs args) {
+template <size_t kBytes>
+__global__ void PutKernel(const __grid_constant__ PutArgs<kBytes> args) {
   LetNextKernelStart();
   WaitForEarlierKernels();
-  for (int i = threadIdx.x; i < args.words; i += blockDim.x) args.to[i] = args.content[i];
+  const auto i = static_cast<int32_t>(blockIdx.x * kPutThreads + threadIdx.x);
+  if (i < args.words) args.to[i] = args.content[i];
+}
+
+template <size_t kBytes>
+void Put(cudaStream_t stream, void* device, const void* host, size_t bytes) {
+  PutArgs<kBytes> args;
+  args.to = static_cast<uint32_t*>(device);
+  args.words = static_cast<int32_t>((bytes + 3) / 4);
+  std::memcpy(args.content, host, bytes);
+  const dim3 grid(static_cast<unsigned>((args.words + kPutThreads - 1) / kPutThreads));
+  LaunchBehind(stream, grid, kPutThreads, 0, "launch of a small upload", PutKernel<kBytes>, args);
 }
 
 }  // namespace
 
 void LaunchPut(cudaStream_t stream, void* device, const void* host, size_t bytes) {
   if (bytes == 0) return;
-  PutArgs args;
-  args.to = static_cast<uint32_t*>(device);
-  args.words = static_cast<int32_t>((bytes + 3) / 4);
-  std::memcpy(args.content, host, bytes);
-  LaunchBehind(stream, dim3(1), 256, 0, "launch of a small upload", PutKernel, args);
+  // All of an argument is copied, used or not.
+  if (bytes <= 3840) return Put<3840>(stream, device, host, bytes);
+  if (bytes <= 9600) return Put<9600>(stream, device, host, bytes);
+  Put<kMaxPutBytes>(stream, device, host, bytes);
 }
 
 void LaunchEmbed(cudaStream_t stream, Tensor table, const int32_t* ids, Tensor out) {
@@ -144,29 +158,61 @@ void LaunchRopeTable(cudaStream_t stream, const int64_t* positions, int64_t n,
 }
 
 void LaunchRope(cudaStream_t stream, Tensor x, int32_t head_dim, const float2* table) {
+  struct Pairs {
+    Four first, second;
+  };
   const int64_t half = head_dim / 2;
-  ForElements(stream, x.rows, x.cols / 2, [=] __device__(int64_t i, int64_t pair) {
-    const int64_t j = pair % half;
-    float* head = F32Row(x, i) + pair / half * head_dim;
-    const float2 turn = table[i * half + j];
-    const float a = head[j], b = head[j + half];
-    head[j] = a * turn.x - b * turn.y;
-    head[j + half] = b * turn.x + a * turn.y;
-  });
+  ForFours(
+      stream, x.rows, x.cols / head_dim, half,
+      [=] __device__(int64_t i, int64_t h, int64_t j, int count) {
+        const int64_t at = h * head_dim + j;
+        const Four a = LoadFour(x, i, at, count), b = LoadFour(x, i, at + half, count);
+        Pairs turned{};
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          if (k >= count) break;
+          const float2 turn = table[i * half + j + k];
+          turned.first.value[k] = a.value[k] * turn.x - b.value[k] * turn.y;
+          turned.second.value[k] = b.value[k] * turn.x + a.value[k] * turn.y;
+        }
+        return turned;
+      },
+      [=] __device__(int64_t i, int64_t h, int64_t j, int count, const Pairs& turned) {
+        StoreFour(x, i, h * head_dim + j, count, turned.first);
+        StoreFour(x, i, h * head_dim + j + half, count, turned.second);
+      });
 }
 
 void LaunchSiluMul(cudaStream_t stream, Tensor gate_up, Tensor out) {
-  ForElements(stream, out.rows, out.cols, [=] __device__(int64_t i, int64_t j) {
-    const float gate = F32Row(gate_up, i)[j];
-    const float up = F32Row(gate_up, i)[out.cols + j];
-    StoreElement(out, i, j, gate / (1.0f + expf(-gate)) * up);
-  });
+  ForFours(
+      stream, out.rows, 1, out.cols,
+      [=] __device__(int64_t i, int64_t, int64_t j, int count) {
+        const Four gate = LoadFour(gate_up, i, j, count);
+        Four product = LoadFour(gate_up, i, out.cols + j, count);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          product.value[k] *= gate.value[k] / (1.0f + expf(-gate.value[k]));
+        }
+        return product;
+      },
+      [=] __device__(int64_t i, int64_t, int64_t j, int count, const Four& product) {
+        StoreFour(out, i, j, count, product);
+      });
 }
 
 void LaunchAdd(cudaStream_t stream, Tensor into, Tensor delta) {
-  ForElements(stream, into.rows, into.cols, [=] __device__(int64_t i, int64_t j) {
-    F32Row(into, i)[j] += F32Row(delta, delta.rows == 1 ? 0 : i)[j];
-  });
+  ForFours(
+      stream, into.rows, 1, into.cols,
+      [=] __device__(int64_t i, int64_t, int64_t j, int count) {
+        Four sum = LoadFour(into, i, j, count);
+        const Four more = LoadFour(delta, delta.rows == 1 ? 0 : i, j, count);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) sum.value[k] += more.value[k];
+        return sum;
+      },
+      [=] __device__(int64_t i, int64_t, int64_t j, int count, const Four& sum) {
+        StoreFour(into, i, j, count, sum);
+      });
 }
 
 void LaunchSumRows(cudaStream_t stream, const float* in, int64_t rows, int64_t cols, float* out) {
@@ -178,9 +224,14 @@ void LaunchSumRows(cudaStream_t stream, const float* in, int64_t rows, int64_t c
 }
 
 void LaunchConvert(cudaStream_t stream, Tensor in, Tensor out) {
-  ForElements(stream, in.rows, in.cols, [=] __device__(int64_t i, int64_t j) {
-    StoreElement(out, i, j, LoadElement(in, i, j));
-  });
+  ForFours(
+      stream, in.rows, 1, in.cols,
+      [=] __device__(int64_t i, int64_t, int64_t j, int count) {
+        return LoadFour(in, i, j, count);
+      },
+      [=] __device__(int64_t i, int64_t, int64_t j, int count, const Four& four) {
+        StoreFour(out, i, j, count, four);
+      });
 }
 
 }  // namespace passel::gpu::cuda

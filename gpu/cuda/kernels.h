@@ -12,7 +12,7 @@ namespace passel::gpu::cuda {
 
 // Copies up to kMaxPutBytes of host memory to device memory (4-byte aligned, rounded up to 4 bytes)
 // as an argument of a kernel (elementwise.cu): the host's copy may go at once.
-inline constexpr size_t kMaxPutBytes = 3840;
+inline constexpr size_t kMaxPutBytes = 32000;  // of 32,764 that arguments may have
 void LaunchPut(cudaStream_t stream, void* device, const void* host, size_t bytes);
 
 // out (+)= x Wᵀ for few rows of x (skinny_matmul.cu). w: [features, k] bf16; x: [n, k] bf16; out:

@@ -83,10 +83,20 @@ void LaunchMergePartials(cudaStream_t stream, Partials into, Partials from,
 
 void LaunchNormalizePartials(cudaStream_t stream, Partials partials, Tensor out) {
   const int64_t dim = partials.num.cols / partials.max.cols;
-  ForElements(stream, out.rows, out.cols, [=] __device__(int64_t i, int64_t j) {
-    const float den = F32Row(partials.den, i)[j / dim];
-    StoreElement(out, i, j, den > 0 ? F32Row(partials.num, i)[j] / den : 0.0f);
-  });
+  ForFours(
+      stream, out.rows, partials.max.cols, dim,
+      [=] __device__(int64_t i, int64_t h, int64_t j, int count) {
+        const float den = F32Row(partials.den, i)[h];
+        Four quotient = LoadFour(partials.num, i, h * dim + j, count);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          quotient.value[k] = den > 0 ? quotient.value[k] / den : 0.0f;
+        }
+        return quotient;
+      },
+      [=] __device__(int64_t i, int64_t h, int64_t j, int count, const Four& quotient) {
+        StoreFour(out, i, h * dim + j, count, quotient);
+      });
 }
 
 }  // namespace passel::gpu::cuda

@@ -288,5 +288,82 @@ INSTANTIATE_TEST_SUITE_P(Shapes, DecodeAttention,
                          testing::Values(std::tuple(9, 3, 64), std::tuple(2, 2, 16),
                                          std::tuple(8, 1, 128), std::tuple(5, 1, 80)));
 
+// (head_dim, heads, heads of a partial)
+class MergePartials : public testing::TestWithParam<std::tuple<int64_t, int64_t, int64_t>> {};
+
+TEST_P(MergePartials, EqualsFloat64InOrder) {
+  const auto [dim, heads, of_partial] = GetParam();
+  const int64_t rows = 3, count = 41;
+  Random random(static_cast<uint64_t>(dim));
+  const auto device = MakeTestDevice({});
+  const auto fill = [&](DeviceMatrix& m, double scale) {
+    auto values = RandomFloats(random, m.tensor.rows * m.tensor.cols, scale);
+    m.Set(values);
+    return values;
+  };
+  DeviceMatrix max(*device, DType::kF32, rows, heads), den(*device, DType::kF32, rows, heads, 3),
+      num(*device, DType::kF32, rows, heads * dim),
+      from_max(*device, DType::kF32, count, of_partial),
+      from_den(*device, DType::kF32, count, of_partial, 1),
+      from_num(*device, DType::kF32, count, of_partial * dim, 4);
+  const auto max0 = fill(max, 3), den0 = fill(den, 1), num0 = fill(num, 1);
+  const auto max1 = fill(from_max, 3), den1 = fill(from_den, 1), num1 = fill(from_num, 1);
+  std::vector<int32_t> at, first;
+  for (int64_t i = 0; i < count; ++i) {
+    at.push_back(i < 20 ? 0 : static_cast<int32_t>(random.Next() % 2) * 2);  // none to row 1
+    first.push_back(
+        static_cast<int32_t>(random.Next() % static_cast<uint64_t>(heads - of_partial + 1)));
+  }
+  device->MergePartials({max.tensor, den.tensor, num.tensor},
+                        {from_max.tensor, from_den.tensor, from_num.tensor}, at, first);
+  const auto got_max = max.Get(), got_den = den.Get(), got_num = num.Get();
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t h = 0; h < heads; ++h) {
+      const auto own = static_cast<size_t>(r * heads + h);
+      std::vector<double> weights(static_cast<size_t>(count));
+      double top = static_cast<double>(max0[own]);
+      const auto index = [&](int64_t i) {  // of the head in partial i, or −1
+        const int64_t in = h - first[static_cast<size_t>(i)];
+        return at[static_cast<size_t>(i)] == r && in >= 0 && in < of_partial ? i * of_partial + in
+                                                                             : int64_t{-1};
+      };
+      for (int64_t i = 0; i < count; ++i) {
+        if (index(i) >= 0)
+          top = std::max(top, static_cast<double>(max1[static_cast<size_t>(index(i))]));
+      }
+      const double keep = std::exp(static_cast<double>(max0[own]) - top);
+      double total = keep * static_cast<double>(den0[own]), size = std::abs(total);
+      for (int64_t i = 0; i < count; ++i) {
+        if (index(i) < 0) continue;
+        const auto p = static_cast<size_t>(index(i));
+        const double weight = std::exp(static_cast<double>(max1[p]) - top);
+        weights[static_cast<size_t>(i)] = weight;
+        total += weight * static_cast<double>(den1[p]);
+        size += std::abs(weight * static_cast<double>(den1[p]));
+      }
+      ASSERT_EQ(static_cast<double>(got_max[own]), top);
+      ASSERT_NEAR(static_cast<double>(got_den[own]), total, 1e-5 * size);
+      for (int64_t j = 0; j < dim; ++j) {
+        const auto element = [&](const std::vector<float>& values, int64_t head) {
+          return static_cast<double>(values[static_cast<size_t>(head * dim + j)]);
+        };
+        double sum = keep * element(num0, r * heads + h), of_sum = std::abs(sum);
+        for (int64_t i = 0; i < count; ++i) {
+          if (index(i) < 0) continue;
+          const double term = weights[static_cast<size_t>(i)] * element(num1, index(i));
+          sum += term;
+          of_sum += std::abs(term);
+        }
+        ASSERT_NEAR(element(got_num, r * heads + h), sum, 1e-5 * of_sum)
+            << "row " << r << ", head " << h << ", element " << j;
+      }
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Shapes, MergePartials,
+                         testing::Values(std::tuple(128, 32, 4), std::tuple(80, 9, 3),
+                                         std::tuple(66, 5, 1), std::tuple(256, 3, 3)));
+
 }  // namespace
 }  // namespace passel::gpu
