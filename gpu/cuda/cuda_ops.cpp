@@ -210,9 +210,10 @@ void CudaDevice::SetProjections(std::span<const float> r, int32_t head_dim, int3
       padded[static_cast<size_t>(column * head_dim + j)] = r[static_cast<size_t>(j * columns + c)];
     }
   }
+  const std::vector<uint16_t> packed = PackProjections(padded);
   projections_.reset();
-  projections_ = Allocate(padded.size() * sizeof(float));
-  CopyToDevice(projections_->data(), padded.data(), projections_->bytes());
+  projections_ = Allocate(packed.size() * sizeof(uint16_t));
+  CopyToDevice(projections_->data(), packed.data(), projections_->bytes());
   Record()->Wait();
   hash_dim_ = head_dim;
   hash_bits_ = k;
@@ -228,8 +229,8 @@ void CudaDevice::HashCodes(Tensor x, Tensor mean, Tensor codes) {
   Check(mean.data == nullptr || (mean.type == DType::kF32 && mean.cols == x.cols &&
                                  (mean.rows == 1 || mean.rows == x.rows)),
         "HashCodes: mean does not fit x");
-  LaunchHashCodes(stream_.get, static_cast<const float*>(projections_->data()), hash_dim_,
-                  hash_bits_, hash_tables_, x, mean, codes);
+  LaunchHashCodes(stream_.get, projections_->data(), hash_dim_, hash_bits_, hash_tables_, x, mean,
+                  codes);
 }
 
 void CudaDevice::ColumnMean(Tensor x, Tensor mean) {

@@ -1,9 +1,15 @@
 // SimHash codes: product with the projections, sign and packing in one pass.
 //
-// On the matrix units with three TF32 products for each float32 one: an operand is the sum of two
-// TF32 numbers, and only the product of the two small parts, 2^-22 of the whole, is left out. A
-// sign near 0 must not flip because an operand was rounded. A vector's sums do not depend on its
+// On the matrix units with three float16 products for each float32 one: an operand, scaled by a
+// power of two to the middle of their range, is the sum of two float16 numbers, and only the
+// product of the two small parts, 2^-22 of the whole, is left out. A sign near 0 must not flip
+// because an operand was rounded, and scales do not change it. A vector's sums do not depend on its
 // neighbours, so it has the same codes alone and in a batch.
+
+#include <cuda_fp16.h>
+
+#include <algorithm>
+#include <cmath>
 
 #include "gpu/cuda/async_copy.cuh"
 #include "gpu/cuda/device_math.cuh"
@@ -21,34 +27,56 @@ constexpr int kDims = 32;  // of a step
 constexpr int kStride = kDims + 16;
 
 struct HashArgs {
-  const float* projections;  // [tables · kBits, dim], zeros where a table is padded
+  const uint4* projections;  // [tables · kBits, dim / 4], as PackProjections makes them
   int32_t dim, bits, tables;
   Tensor x, mean, codes;
-  bool aligned;  // rows of x can be read 16 bytes at a time
 };
+
+constexpr int kScaledExponent = 10;  // of the largest element, scaled
 
 struct Split {
-  uint32_t large[4], small[4];
+  uint32_t large[2], small[2];  // of 4 numbers
 };
 
-// Four numbers as sums of two TF32 numbers each.
-__device__ inline Split SplitTf32(const float (&values)[4]) {
-  Split s;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    s.large[i] = __float_as_uint(values[i]) & 0xffffe000u;
-    s.small[i] = __float_as_uint(values[i] - __uint_as_float(s.large[i])) & 0xffffe000u;
-  }
-  return s;
+__device__ inline uint32_t PackHalves(__half low, __half high) {
+  return uint32_t{__half_as_ushort(low)} | uint32_t{__half_as_ushort(high)} << 16;
 }
 
-// c: [16, 8] += a: [16, 8] · b: [8, 8].
-__device__ inline void MultiplyAdd(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2,
-                                   uint32_t a3, uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+__device__ inline Split SplitHalf(const float (&values)[4], float scale) {
+  __half large[4], small[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float x = values[i] * scale;
+    large[i] = __float2half_rn(x);
+    small[i] = __float2half_rn(x - __half2float(large[i]));
+  }
+  return {{PackHalves(large[0], large[1]), PackHalves(large[2], large[3])},
+          {PackHalves(small[0], small[1]), PackHalves(small[2], small[3])}};
+}
+
+// The power of two that brings `largest` ≥ 0 to an exponent of kScaledExponent.
+__device__ inline float ScaleFor(float largest) {
+  const int exponent = static_cast<int>(__float_as_uint(largest) >> 23);
+  return __uint_as_float(static_cast<uint32_t>(min(2 * 127 + kScaledExponent - exponent, 254))
+                         << 23);
+}
+
+__device__ inline uint4 LoadShared(const float* p) {
+  uint4 v;
+  asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(SharedAddress(p)));
+  return v;
+}
+
+// c: [16, 8] += a: [16, 16] · b: [16, 8].
+__device__ inline void MultiplyAdd(float (&c)[4], const uint32_t (&low)[2],
+                                   const uint32_t (&high)[2], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
       "{%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+      : "r"(low[0]), "r"(high[0]), "r"(low[1]), "r"(high[1]), "r"(b0), "r"(b1));
 }
 
 // Where a head vector lies; row < 0 beyond the last.
@@ -56,7 +84,9 @@ struct VectorPlace {
   int64_t row, col;
 };
 
-// Elements [at, at + 4) of a head vector, centred; zeros beyond the vectors and dim.
+// Elements [at, at + 4) of a head vector, centred; zeros beyond the vectors and dim. kWide: x and
+// mean are f32 and can be read 16 bytes at a time.
+template <bool kWide>
 __device__ inline void LoadVector(const HashArgs& a, const VectorPlace& place, int at,
                                   float (&out)[4]) {
   if (place.row < 0 || at >= a.dim) {
@@ -64,32 +94,35 @@ __device__ inline void LoadVector(const HashArgs& a, const VectorPlace& place, i
     return;
   }
   const int64_t col = place.col + at;
-  if (a.aligned && a.x.type == DType::kF32) {
+  const float* mean =
+      a.mean.data ? F32Row(a.mean, a.mean.rows == 1 ? 0 : place.row) + col : nullptr;
+  if constexpr (kWide) {
     const float4 v = *reinterpret_cast<const float4*>(F32Row(a.x, place.row) + col);
-    out[0] = v.x;
-    out[1] = v.y;
-    out[2] = v.z;
-    out[3] = v.w;
+    const float4 m = mean ? *reinterpret_cast<const float4*>(mean) : make_float4(0, 0, 0, 0);
+    out[0] = v.x - m.x;
+    out[1] = v.y - m.y;
+    out[2] = v.z - m.z;
+    out[3] = v.w - m.w;
   } else {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) out[i] = LoadElement(a.x, place.row, col + i);
-  }
-  if (a.mean.data) {
-    const float* mean = F32Row(a.mean, a.mean.rows == 1 ? 0 : place.row) + col;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) out[i] -= mean[i];
+    for (int i = 0; i < 4; ++i) {
+      out[i] = LoadElement(a.x, place.row, col + i) - (mean ? mean[i] : 0.0f);
+    }
   }
 }
 
-// Tables of a block, by their padded columns: what shared memory holds.
+// Tables of a block, by their padded columns: what shared memory holds. With 10 bits, the usual
+// number, 2,048 vectors (64 rows of 32 heads) and 150 tables are 256 blocks, two a processor.
 template <int kBits>
-constexpr int kBlockTables = kBits <= 10 ? 16 : 8;
+constexpr int kBlockTables = kBits == 10  ? 20
+                             : kBits < 10 ? 16
+                                          : 8;
 template <int kBits>
 constexpr size_t kTileFloats = size_t{kBlockTables<kBits>} * kBits* kStride;
 
 // kBits: columns of a table, padded. Projections come to shared memory one step ahead.
-template <int kBits>
-__global__ void __launch_bounds__(kThreads, 3) HashKernel(HashArgs a) {
+template <int kBits, bool kWide>
+__global__ void __launch_bounds__(kThreads, 2) HashKernel(HashArgs a) {
   constexpr int kTables = kBlockTables<kBits>;
   constexpr int kColumns = kTables * kBits;
   constexpr int kGroups = kColumns / 8;
@@ -105,13 +138,15 @@ __global__ void __launch_bounds__(kThreads, 3) HashKernel(HashArgs a) {
   const int64_t vectors = a.x.rows * heads;
   const auto load_projections = [&](int begin) {
     float* tile = r_tiles + begin / kDims % 2 * kTileFloats<kBits>;
+#pragma unroll 2
     for (int i = threadIdx.x; i < kColumns * kDims / 4; i += kThreads) {
       const int c = i / (kDims / 4), d = i % (kDims / 4) * 4;
       // dim is a multiple of 4 (checked by SetProjections).
       const bool inside = begin + d < a.dim && first_column + c < columns;
-      CopyAsync16(tile + c * kStride + d,
-                  inside ? a.projections + (first_column + c) * a.dim + begin + d : a.projections,
-                  inside);
+      CopyAsync16(
+          tile + c * kStride + d,
+          inside ? a.projections + ((first_column + c) * a.dim + begin + d) / 4 : a.projections,
+          inside);
     }
     CommitCopies();
   };
@@ -126,21 +161,42 @@ __global__ void __launch_bounds__(kThreads, 3) HashKernel(HashArgs a) {
   const auto load_vectors = [&](int begin) {
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      LoadVector(a, low_place, begin + step * 16 + piece, low_next[step]);
-      LoadVector(a, high_place, begin + step * 16 + piece, high_next[step]);
+      LoadVector<kWide>(a, low_place, begin + step * 16 + piece, low_next[step]);
+      LoadVector<kWide>(a, high_place, begin + step * 16 + piece, high_next[step]);
     }
   };
   load_projections(0);
   LetNextKernelStart();
   WaitForEarlierKernels();
+  // The 4 threads that share a vector see all of it.
+  float low_largest = 0, high_largest = 0;
+#pragma unroll 1
+  for (int begin = 0; begin < a.dim; begin += kDims) {
+    load_vectors(begin);
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        low_largest = fmaxf(low_largest, fabsf(low_next[step][i]));
+        high_largest = fmaxf(high_largest, fabsf(high_next[step][i]));
+      }
+    }
+  }
+#pragma unroll
+  for (int offset = 1; offset < 4; offset *= 2) {
+    low_largest = fmaxf(low_largest, __shfl_xor_sync(0xffffffffu, low_largest, offset));
+    high_largest = fmaxf(high_largest, __shfl_xor_sync(0xffffffffu, high_largest, offset));
+  }
+  const float low_scale = ScaleFor(low_largest), high_scale = ScaleFor(high_largest);
   load_vectors(0);
   float acc[kGroups][4] = {};
+#pragma unroll 1
   for (int begin = 0; begin < a.dim; begin += kDims) {
     Split low[kSteps], high[kSteps];
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      low[step] = SplitTf32(low_next[step]);
-      high[step] = SplitTf32(high_next[step]);
+      low[step] = SplitHalf(low_next[step], low_scale);
+      high[step] = SplitHalf(high_next[step], high_scale);
     }
     if (begin + kDims < a.dim) {
       load_projections(begin + kDims);
@@ -154,35 +210,21 @@ __global__ void __launch_bounds__(kThreads, 3) HashKernel(HashArgs a) {
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       const Split &l = low[step], &h = high[step];
-      // Two groups side by side: a product need not wait for the one before.
+      // Groups side by side: a product need not wait for the one before.
+      constexpr int kSide = kGroups % 4 == 0 ? 4 : kGroups % 5 == 0 ? 5 : 2;
 #pragma unroll
-      for (int g = 0; g < kGroups; g += 2) {
-        Split b[2];
+      for (int g = 0; g < kGroups; g += kSide) {
+        uint4 b[kSide];  // large parts of 4 numbers, then small ones
 #pragma unroll
-        for (int s = 0; s < 2; ++s) {
-          const float4 r = *reinterpret_cast<const float4*>(tile + ((g + s) * 8 + row) * kStride +
-                                                            step * 16 + piece);
-          const float values[4] = {r.x, r.y, r.z, r.w};
-          b[s] = SplitTf32(values);
+        for (int s = 0; s < kSide; ++s) {
+          b[s] = LoadShared(tile + ((g + s) * 8 + row) * kStride + step * 16 + piece);
         }
 #pragma unroll
-        for (int i = 0; i < 4; i += 2) {
+        for (int s = 0; s < kSide; ++s) MultiplyAdd(acc[g + s], l.small, h.small, b[s].x, b[s].y);
 #pragma unroll
-          for (int s = 0; s < 2; ++s) {
-            MultiplyAdd(acc[g + s], l.small[i], h.small[i], l.small[i + 1], h.small[i + 1],
-                        b[s].large[i], b[s].large[i + 1]);
-          }
+        for (int s = 0; s < kSide; ++s) MultiplyAdd(acc[g + s], l.large, h.large, b[s].z, b[s].w);
 #pragma unroll
-          for (int s = 0; s < 2; ++s) {
-            MultiplyAdd(acc[g + s], l.large[i], h.large[i], l.large[i + 1], h.large[i + 1],
-                        b[s].small[i], b[s].small[i + 1]);
-          }
-#pragma unroll
-          for (int s = 0; s < 2; ++s) {
-            MultiplyAdd(acc[g + s], l.large[i], h.large[i], l.large[i + 1], h.large[i + 1],
-                        b[s].large[i], b[s].large[i + 1]);
-          }
-        }
+        for (int s = 0; s < kSide; ++s) MultiplyAdd(acc[g + s], l.large, h.large, b[s].x, b[s].y);
       }
     }
     __syncthreads();  // before the copies after next overwrite what was read here
@@ -223,10 +265,16 @@ void Launch(cudaStream_t stream, const HashArgs& args) {
       static_cast<unsigned>((vectors + kVectors - 1) / kVectors),
       static_cast<unsigned>((args.tables + kBlockTables<kBits> - 1) / kBlockTables<kBits>));
   constexpr size_t kBytes = 2 * kTileFloats<kBits> * sizeof(float);
-  CheckCuda(cudaFuncSetAttribute(HashKernel<kBits>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+  const auto in_fours = [](const Tensor& t) {
+    return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && t.stride % 4 == 0;
+  };
+  const bool wide = args.x.type == DType::kF32 && in_fours(args.x) &&
+                    (args.mean.data == nullptr || in_fours(args.mean));
+  const auto kernel = wide ? HashKernel<kBits, true> : HashKernel<kBits, false>;
+  CheckCuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  static_cast<int>(kBytes)),
             "cudaFuncSetAttribute");
-  LaunchBehind(stream, grid, kThreads, kBytes, "launch of HashCodes", HashKernel<kBits>, args);
+  LaunchBehind(stream, grid, kThreads, kBytes, "launch of HashCodes", kernel, args);
 }
 
 }  // namespace
@@ -235,13 +283,27 @@ int32_t HashColumns(int32_t k) {
   return k <= 4 ? 4 : k <= 8 ? 8 : k <= 10 ? 10 : k <= 12 ? 12 : 16;
 }
 
-void LaunchHashCodes(cudaStream_t stream, const float* projections, int32_t head_dim, int32_t k,
+std::vector<uint16_t> PackProjections(std::span<const float> projections) {
+  float largest = 0;
+  for (const float r : projections) largest = std::max(largest, std::abs(r));
+  int exponent = 0;
+  std::frexp(largest, &exponent);
+  const float scale = std::ldexp(1.0f, kScaledExponent + 1 - exponent);
+  std::vector<uint16_t> packed(2 * projections.size());
+  for (size_t i = 0; i < projections.size(); ++i) {
+    const float r = projections[i] * scale;
+    const __half large = __float2half_rn(r);
+    const __half small = __float2half_rn(r - __half2float(large));
+    uint16_t* four = packed.data() + i / 4 * 8;
+    four[i % 4] = static_cast<__half_raw>(large).x;
+    four[4 + i % 4] = static_cast<__half_raw>(small).x;
+  }
+  return packed;
+}
+
+void LaunchHashCodes(cudaStream_t stream, const void* projections, int32_t head_dim, int32_t k,
                      int32_t l, Tensor x, Tensor mean, Tensor codes) {
-  const HashArgs args{
-      projections, head_dim,
-      k,           l,
-      x,           mean,
-      codes,       reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.stride % 4 == 0};
+  const HashArgs args{static_cast<const uint4*>(projections), head_dim, k, l, x, mean, codes};
   switch (HashColumns(k)) {
     case 4:
       return Launch<4>(stream, args);

@@ -3,6 +3,8 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <span>
+#include <vector>
 
 #include "gpu/device.h"
 
@@ -87,10 +89,12 @@ inline constexpr int32_t kMaxCausalHeadDim = 256;
 void LaunchCausalAttention(cudaStream_t stream, const AttentionShape& shape, Tensor q, Tensor k,
                            Tensor v, int64_t start, int64_t window, Tensor out);
 
-// SimHash codes (hashing.cu). projections: [l·HashColumns(k), head_dim] f32, zero-padded; head_dim
-// a multiple of 4. mean: one row for all, or one for each.
+// SimHash codes (hashing.cu). projections: [l·HashColumns(k), head_dim] f32, zero-padded, packed by
+// PackProjections; head_dim a multiple of 4. mean: one row for all, or one for each.
 int32_t HashColumns(int32_t k);
-void LaunchHashCodes(cudaStream_t stream, const float* projections, int32_t head_dim, int32_t k,
+// For each 4 numbers 4 float16 and 4 that hold what those leave, scaled by one power of two.
+std::vector<uint16_t> PackProjections(std::span<const float> projections);
+void LaunchHashCodes(cudaStream_t stream, const void* projections, int32_t head_dim, int32_t k,
                      int32_t l, Tensor x, Tensor mean, Tensor codes);
 
 }  // namespace passel::gpu::cuda
