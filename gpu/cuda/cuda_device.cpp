@@ -39,15 +39,16 @@ class CudaEvent final : public Event {
 // [out, in] bf16, row-major.
 class CudaLinear final : public Linear {
  public:
-  CudaLinear(int64_t out, int64_t in, std::unique_ptr<Buffer> weight)
+  CudaLinear(int64_t out, int64_t in, std::shared_ptr<CudaWeight> weight)
       : out_(out), in_(in), weight_(std::move(weight)) {}
   int64_t in_features() const override { return in_; }
   int64_t out_features() const override { return out_; }
-  void* data() const { return weight_->data(); }
+  void* data() const { return weight_->memory->data(); }
+  const std::shared_ptr<CudaWeight>& weight() const { return weight_; }
 
  private:
   int64_t out_, in_;
-  std::unique_ptr<Buffer> weight_;
+  std::shared_ptr<CudaWeight> weight_;
 };
 
 const CudaLinear& AsCuda(const Linear& w) {
@@ -128,7 +129,8 @@ std::unique_ptr<Event> CudaDevice::Record() { return std::make_unique<CudaEvent>
 std::unique_ptr<Linear> CudaDevice::MakeLinear(int64_t out_features, int64_t in_features,
                                                const RowReader& rows) {
   Check(out_features > 0 && in_features > 0, "MakeLinear: empty matrix");
-  auto weight = Allocate(static_cast<size_t>(out_features * in_features) * sizeof(bf16));
+  auto weight = std::make_shared<CudaWeight>();
+  weight->memory = Allocate(static_cast<size_t>(out_features * in_features) * sizeof(bf16));
   // One panel is read while the other is on its way.
   constexpr int64_t kPanelBytes = int64_t{16} << 20;
   const int64_t row_bytes = in_features * static_cast<int64_t>(sizeof(bf16));
@@ -143,7 +145,7 @@ std::unique_ptr<Linear> CudaDevice::MakeLinear(int64_t out_features, int64_t in_
     auto* panel = static_cast<bf16*>(panels[which]->data());
     if (copied[which]) copied[which]->Wait();
     ReadRows(rows, begin, count, in_features, panel);
-    CopyToDevice(static_cast<bf16*>(weight->data()) + begin * in_features, panel,
+    CopyToDevice(static_cast<bf16*>(weight->memory->data()) + begin * in_features, panel,
                  static_cast<size_t>(count * row_bytes));
     copied[which] = Record();
   }
@@ -151,6 +153,16 @@ std::unique_ptr<Linear> CudaDevice::MakeLinear(int64_t out_features, int64_t in_
     if (event) event->Wait();
   }
   return std::make_unique<CudaLinear>(out_features, in_features, std::move(weight));
+}
+
+Upcoming CudaDevice::NextAfter(const std::shared_ptr<CudaWeight>& weight) {
+  // More only delays what is needed sooner.
+  constexpr size_t kBytes = size_t{4} << 20;
+  if (const auto before = last_weight_.lock()) before->next = weight;
+  last_weight_ = weight;
+  const auto next = weight->next.lock();
+  if (next == nullptr) return {};
+  return {next->memory->data(), std::min(next->memory->bytes(), kBytes)};
 }
 
 // Row-major out = x Wᵀ is column-major outᵀ = W xᵀ, with W stored transposed.
@@ -182,8 +194,10 @@ void CudaDevice::Multiply(const Linear& w, Tensor x, Tensor out, bool accumulate
         "MatMul: out does not fit x and the weight");
   if (x.rows == 0) return;
   if (!deterministic_) {
+    const Upcoming next = NextAfter(linear.weight());
     if (FitsSkinnyMatMul(x.cols, x)) {
-      return LaunchSkinnyMatMul(stream_.get, linear.data(), features, x.cols, x, out, accumulate);
+      return LaunchSkinnyMatMul(stream_.get, linear.data(), features, x.cols, x, out, accumulate,
+                                next);
     }
     return Product(linear.data(), features, x, out, accumulate);
   }

@@ -16,6 +16,11 @@
 
 namespace passel::gpu::cuda {
 
+struct CudaWeight {
+  std::unique_ptr<Buffer> memory;
+  std::weak_ptr<CudaWeight> next;  // what was multiplied after this one the last time
+};
+
 // A Device on one NVIDIA GPU: one stream, cuBLAS for products, own kernels for the rest. cuBLAS's
 // workspace, scratch memory and the CUDA context do not count against the limit.
 class CudaDevice final : public Device {
@@ -70,6 +75,8 @@ class CudaDevice final : public Device {
   };
   void Multiply(const Linear& w, Tensor x, Tensor out, bool accumulate);
   void Product(const void* w, int64_t out_features, Tensor x, Tensor out, bool accumulate);
+  // The beginning of what was multiplied after this weight the last time.
+  Upcoming NextAfter(const std::shared_ptr<CudaWeight>& weight);
   const int64_t* UploadSlots(std::span<const int32_t> pages, std::span<const int64_t> slots,
                              const Tensor& k, const Tensor& v);
 
@@ -81,6 +88,8 @@ class CudaDevice final : public Device {
   Scratch workspace_;  // cuBLAS's
   UploadRing ring_;
   Scratch product_scratch_, decode_scratch_, mean_scratch_, rope_scratch_;
+
+  std::weak_ptr<CudaWeight> last_weight_;
 
   std::vector<float> rope_inv_freq_;  // what rope_scratch_ holds the angles of
   std::vector<int64_t> rope_positions_;

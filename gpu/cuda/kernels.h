@@ -17,12 +17,18 @@ namespace passel::gpu::cuda {
 inline constexpr size_t kMaxPutBytes = 32000;  // of 32,764 that arguments may have
 void LaunchPut(cudaStream_t stream, void* device, const void* host, size_t bytes);
 
+// What a product may ask memory for when its own weight is under way (compute capability 9).
+struct Upcoming {
+  const void* data = nullptr;  // 16-byte aligned
+  size_t bytes = 0;
+};
+
 // out (+)= x Wᵀ for few rows of x (skinny_matmul.cu). w: [features, k] bf16; x: [n, k] bf16; out:
 // [n, features] f32. Only where FitsSkinnyMatMul.
 inline constexpr int64_t kMaxSkinnyRows = 32;
 bool FitsSkinnyMatMul(int64_t k, const Tensor& x);
 void LaunchSkinnyMatMul(cudaStream_t stream, const void* w, int64_t features, int64_t k, Tensor x,
-                        Tensor out, bool accumulate);
+                        Tensor out, bool accumulate, const Upcoming& next);
 
 // Elementwise and by row (elementwise.cu). Meanings and shapes as in gpu/device.h.
 void LaunchEmbed(cudaStream_t stream, Tensor table, const int32_t* ids, Tensor out);

@@ -4,7 +4,9 @@
 // Weights go from memory to the registers that the matrix units read, without a stop in shared
 // memory: the order of k inside a product is free, so a thread takes 8 neighbouring elements of a
 // row, and of x the same ones. The first weights are under way before the kernel waits for x.
-// A row's sum is formed in the same order whatever rows stand beside it.
+// When a block has asked for all of its own weights, it asks for some of those that the next
+// product begins with, so that memory is not idle until then. A row's sum is formed in the same
+// order whatever rows stand beside it.
 
 #include <cuda_bf16.h>
 
@@ -23,7 +25,21 @@ struct SkinnyArgs {
   int64_t features, k;
   Tensor x, out;  // [n, k] bf16, [n, features] f32
   bool accumulate;
+  Upcoming next;
 };
+
+// By one thread of every block: the last blocks, as many as a large GPU runs at once, share it out.
+__device__ inline void AskForUpcoming(const Upcoming& next) {
+#if __CUDA_ARCH__ >= 900
+  const unsigned sharers = min(gridDim.x, 264u), own = gridDim.x - 1 - blockIdx.x;
+  const size_t share = next.bytes / sharers / 128 * 128;
+  if (own >= sharers || share == 0) return;
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(
+                   static_cast<const char*>(next.data) + own * share),
+               "r"(static_cast<uint32_t>(share))
+               : "memory");
+#endif
+}
 
 // Weights are read once: not to be kept in L1. Volatile: must not sink below the wait.
 __device__ inline uint4 LoadWeight(const __nv_bfloat16* p) {
@@ -107,6 +123,7 @@ __global__ void __launch_bounds__(kThreads, kColumns > 2 ? 1 : 2) SkinnyKernel(S
     if (warp + u * kWarps < runs) load_x(x[u], warp + u * kWarps);
   }
   for (int64_t base = warp; base < runs; base += kAhead * kWarps) {
+    if (threadIdx.x == 0 && base + kAhead * kWarps >= runs) AskForUpcoming(a.next);
 #pragma unroll
     for (int u = 0; u < kAhead; ++u) {
       const int64_t run = base + u * kWarps;
@@ -170,8 +187,9 @@ bool FitsSkinnyMatMul(int64_t k, const Tensor& x) {
 }
 
 void LaunchSkinnyMatMul(cudaStream_t stream, const void* w, int64_t features, int64_t k, Tensor x,
-                        Tensor out, bool accumulate) {
-  const SkinnyArgs args{static_cast<const __nv_bfloat16*>(w), features, k, x, out, accumulate};
+                        Tensor out, bool accumulate, const Upcoming& next) {
+  const SkinnyArgs args{
+      static_cast<const __nv_bfloat16*>(w), features, k, x, out, accumulate, next};
   if (x.rows <= 8) return Launch<1, 1, 4>(stream, args);
   if (x.rows <= 16) return Launch<2, 2, 2>(stream, args);
   return Launch<2, 4, 2>(stream, args);
