@@ -18,7 +18,7 @@ cudnn=()
 if echo '#include <cudnn.h>' | "$nvcc" -x cu -E - >/dev/null 2>&1 && [[ -d .deps/cudnn_frontend ]]; then
   cudnn=(-DPASSEL_CUDNN -I.deps/cudnn_frontend/include gpu/cuda/cudnn_attention.cpp)
 fi
-for source in gpu/cuda/*.cu $(ls gpu/cuda/*.cpp | grep -v -e nccl -e cudnn) "${nccl[@]:1}" "${cudnn[@]:2}" gpu/device.cpp gpu/staged_collectives.cpp runtime/base/{error,random}.cpp \
+for source in gpu/cuda/*.cu $(ls gpu/cuda/*.cpp | grep -v -e nccl -e cudnn) "${nccl[@]:1}" "${cudnn[@]:2}" gpu/device.cpp gpu/staged_collectives.cpp runtime/base/{error,printable,random}.cpp \
     tests/gpu/{ops,matmul,attention,sampling,cuda}_test.cpp tests/gpu/cuda_backend.cpp; do
   object=$build/$(echo "$source" | tr / _).o
   objects+=("$object")
