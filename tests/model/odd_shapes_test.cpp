@@ -7,6 +7,7 @@
 #include <cmath>
 #include <fstream>
 #include <iostream>
+#include <iterator>
 #include <nlohmann/json.hpp>
 
 #include "runtime/base/single_rank.h"
@@ -20,6 +21,8 @@ namespace passel::model {
 namespace {
 
 constexpr double kRelativeError = 2e-2;
+// One logit may be off by this many times the root mean square of the error that is allowed.
+constexpr double kPeak = 4;
 
 struct Expected {
   explicit Expected(const std::string& directory) {
@@ -33,35 +36,40 @@ struct Expected {
   std::vector<std::vector<float>> logits;  // of each step
 };
 
-// Decodes along the reference's tokens; returns the tokens it would have chosen itself.
-std::vector<int64_t> Compare(ReferenceLoop& loop, const Expected& expected, double& worst) {
-  std::vector<int64_t> chosen;
+double Rms(const std::vector<float>& values) {
+  double squares = 0;
+  for (const float x : values) squares += static_cast<double>(x) * static_cast<double>(x);
+  return std::sqrt(squares / static_cast<double>(values.size()));
+}
+
+// Decodes along the reference's tokens, and holds the logits to its own. Where its two best are
+// further apart than two logits may move, the token must be the same, whatever the number of ranks.
+// Returns how many steps that decides.
+int Compare(ReferenceLoop& loop, const Expected& expected, double& worst) {
+  int decided = 0;
   for (size_t step = 0; step < expected.logits.size(); ++step) {
+    SCOPED_TRACE(step);
     const std::vector<float> got =
         step == 0 ? loop.Prefill(0, expected.ids) : loop.DecodeOne(0, expected.greedy[step - 1]);
     const std::vector<float>& exact = expected.logits[step];
     EXPECT_EQ(got.size(), exact.size());
-    double squares = 0, reference = 0, largest = 0;
-    for (size_t i = 0; i < exact.size(); ++i) {
-      const double difference = static_cast<double>(got[i]) - static_cast<double>(exact[i]);
-      squares += difference * difference;
-      reference += static_cast<double>(exact[i]) * static_cast<double>(exact[i]);
-      largest = std::max(largest, std::abs(difference));
-    }
-    const double error = std::sqrt(squares / reference);
-    EXPECT_LE(error, kRelativeError) << "step " << step;
+    if (got.size() != exact.size()) return decided;
+    const double rms = Rms(exact), bound = kPeak * kRelativeError * rms;
+    std::vector<float> difference;
+    std::transform(got.begin(), got.end(), exact.begin(), std::back_inserter(difference),
+                   [](float a, float b) { return a - b; });
+    const double error = Rms(difference) / rms;
+    EXPECT_LE(error, kRelativeError);
     worst = std::max(worst, error);
-    chosen.push_back(std::max_element(got.begin(), got.end()) - got.begin());
-    // Two logits each off by the largest difference may swap only within twice that.
+    for (const float d : difference) EXPECT_LE(std::abs(d), bound);
     std::vector<float> sorted = exact;
     std::sort(sorted.rbegin(), sorted.rend());
-    if (static_cast<double>(sorted[0] - sorted[1]) > 2 * largest) {
-      EXPECT_EQ(chosen.back(), expected.greedy[step]) << "step " << step;
-    } else {
-      chosen.back() = -1;  // undecided
+    if (static_cast<double>(sorted[0] - sorted[1]) > 2 * bound) {
+      EXPECT_EQ(std::max_element(got.begin(), got.end()) - got.begin(), expected.greedy[step]);
+      ++decided;
     }
   }
-  return chosen;
+  return decided;
 }
 
 class OddShapes : public testing::TestWithParam<const char*> {};
@@ -78,7 +86,6 @@ TEST_P(OddShapes, LogitsMatchFloat32OnOneTwoAndThreeRanks) {
     std::ofstream(twin.str(), std::ios::binary) << GgufTwin(*file).Encode();
     file = ModelFile::Open(twin.str());
   }
-  std::vector<int64_t> alone;
   for (const int ranks : {1, 2, 3}) {
     ThreadRanks(ranks).Run([&](Collectives& host) {
       const auto device = gpu::MakeTestDevice({.threads = 1});
@@ -86,18 +93,11 @@ TEST_P(OddShapes, LogitsMatchFloat32OnOneTwoAndThreeRanks) {
       const Transformer transformer(*file, *device, *collectives, nullptr);
       ReferenceLoop loop(*device, transformer, 1, 64);
       double worst = 0;
-      const std::vector<int64_t> chosen = Compare(loop, expected, worst);
+      const int decided = Compare(loop, expected, worst);
+      EXPECT_GE(decided, 6);
       if (host.rank() != 0) return;
       std::cout << GetParam() << ", " << ranks << " ranks: relative error " << worst << ", "
-                << chosen.size() - static_cast<size_t>(std::count(chosen.begin(), chosen.end(), -1))
-                << " of " << chosen.size() << " steps decided\n";
-      if (ranks == 1) alone = chosen;
-      EXPECT_GE(std::count_if(chosen.begin(), chosen.end(), [](int64_t id) { return id >= 0; }), 8);
-      for (size_t i = 0; i < chosen.size(); ++i) {
-        if (chosen[i] >= 0 && alone[i] >= 0) {
-          EXPECT_EQ(chosen[i], alone[i]) << "step " << i;
-        }
-      }
+                << decided << " of " << expected.logits.size() << " steps decided\n";
     });
   }
 }
