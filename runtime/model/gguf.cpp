@@ -20,7 +20,8 @@ static_assert(std::endian::native == std::endian::little, "GGUF is read in place
 // Reads the header from front to back; every read is checked against the end of the file.
 class GgufParser {
  public:
-  explicit GgufParser(GgufFile& out) : out_(out), bytes_(out.file_.bytes()) {}
+  GgufParser(GgufFile& out, bool any_type)
+      : out_(out), bytes_(out.file_.bytes()), any_type_(any_type) {}
 
   void Parse() {
     uint64_t tensors = 0, values = 0;
@@ -226,6 +227,12 @@ class GgufParser {
     }
     const auto type = Read<uint32_t>(field);
     const ElementLayout* layout = FindLayout(type);
+    if (layout == nullptr && any_type_) {
+      entry.offset = Read<uint64_t>(field);
+      entry.tensor = {static_cast<ElementType>(type), static_cast<int64_t>(rows),
+                      static_cast<int64_t>(cols), nullptr, 0};
+      return;
+    }
     if (layout == nullptr) {
       out_.Fail(field, fmt::format("has element type {}; expected one of {}", type, ServedTypes()));
     }
@@ -281,10 +288,13 @@ class GgufParser {
 
   GgufFile& out_;
   std::span<const uint8_t> bytes_;
+  const bool any_type_;
   uint64_t at_ = 0;
 };
 
-GgufFile::GgufFile(const std::string& path) : file_(path) { GgufParser(*this).Parse(); }
+GgufFile::GgufFile(const std::string& path, bool any_type) : file_(path) {
+  GgufParser(*this, any_type).Parse();
+}
 
 void GgufFile::Append(GgufFile part) {
   for (const auto& [name, tensor] : part.tensors_) {

@@ -30,8 +30,9 @@ struct GgufTensor {
 // checked against the file's size. Knows nothing of architectures.
 class GgufFile {
  public:
-  // Throws Error{kModel} naming the file, the field and what was expected.
-  explicit GgufFile(const std::string& path);
+  // `any_type`: a tensor of an element type that is not served is no error, and has no data. Throws
+  // Error{kModel} naming the file, the field and what was expected.
+  explicit GgufFile(const std::string& path, bool any_type = false);
 
   // Takes the tensors of another part of a split model, whose metadata is dropped. Throws
   // Error{kModel} where one is in both.

@@ -1,5 +1,6 @@
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <limits>
 
 #include "runtime/base/printable.h"
@@ -78,7 +79,7 @@ ModelConfig GgufConfig(const GgufFile& file) {
   ModelConfig config;
   const std::string& arch = file.String("general.architecture");
   const bool qwen = arch == "qwen2" || arch == "qwen3";
-  if (arch != "llama" && !qwen) {
+  if (std::ranges::find(kGgufArchitectures, arch) == kGgufArchitectures.end()) {
     file.Fail("general.architecture",
               fmt::format("is \"{}\"; expected \"llama\" (llama and mistral models), \"qwen2\" or "
                           "\"qwen3\"",

@@ -32,53 +32,10 @@ std::string TensorName(WeightId id) {
   return fmt::format("blk.{}.{}", id.layer, kNames[kind]);
 }
 
-// A file, with the others of a split model where it is the first of one: NAME-00001-of-0000N.gguf.
-GgufFile OpenParts(const std::string& path) {
-  GgufFile first(path);
-  const int64_t count = first.IntOr("split.count", 1);
-  if (count < 0 || count > 99999) {
-    first.Fail("split.count", fmt::format("is {}; expected 1 to 99999", count));
-  }
-  if (count <= 1) return first;
-  if (const int64_t number = first.Int("split.no"); number != 0) {
-    first.Fail("split.no", fmt::format("is {}: this is not the first of the model's {} files; "
-                                       "expected that one, -00001-of-{:05}.gguf",
-                                       number, count, count));
-  }
-  const auto suffix = [&](int64_t i) { return fmt::format("-{:05}-of-{:05}.gguf", i + 1, count); };
-  if (!path.ends_with(suffix(0))) {
-    first.Fail("file name", fmt::format("is not what the first of {} files is called; expected it "
-                                        "to end in {}",
-                                        count, suffix(0)));
-  }
-  const std::string stem = path.substr(0, path.size() - suffix(0).size());
-  for (int64_t i = 1; i < count; ++i) {
-    GgufFile part(stem + suffix(i));
-    if (part.Int("split.no") != i || part.Int("split.count") != count) {
-      part.Fail("split.no, split.count",
-                fmt::format("is {} of {}; expected {} of {}", part.Int("split.no"),
-                            part.Int("split.count"), i, count));
-    }
-    first.Append(std::move(part));
-  }
-  const auto total = static_cast<int64_t>(first.tensors().size());
-  if (const int64_t expected = first.IntOr("split.tensors.count", total); expected != total) {
-    first.Fail("split.tensors.count",
-               fmt::format("is {}; expected the {} tensors of all files", expected, total));
-  }
-  return first;
-}
-
 class GgufModel final : public MappedModel {
  public:
-  explicit GgufModel(const std::string& path) : file_(OpenParts(path)) {
+  explicit GgufModel(const std::string& path) : file_(OpenGgufParts(path)) {
     config_ = GgufConfig(file_);
-    tokenizer_ = GgufTokenizer(file_);
-    if (tokenizer_.tokens.size() > static_cast<size_t>(config_.vocab)) {
-      file_.Fail("tokenizer.ggml.tokens", fmt::format("has {} tokens; expected at most the {} rows "
-                                                      "of the embedding",
-                                                      tokenizer_.tokens.size(), config_.vocab));
-    }
     const std::vector<ExpectedWeight> expected = ExpectedWeights(config_);
     for (const ExpectedWeight& e : expected) Bind(e);
     // A tensor that goes unread would silently change the model (biases, adapters, experts).
@@ -90,6 +47,16 @@ class GgufModel final : public MappedModel {
   }
 
  private:
+  TokenizerData ReadTokenizer() const override {
+    TokenizerData data = GgufTokenizer(file_);
+    if (data.tokens.size() > static_cast<size_t>(config_.vocab)) {
+      file_.Fail("tokenizer.ggml.tokens", fmt::format("has {} tokens; expected at most the {} rows "
+                                                      "of the embedding",
+                                                      data.tokens.size(), config_.vocab));
+    }
+    return data;
+  }
+
   void Bind(const ExpectedWeight& e) {
     const std::string name = TensorName(e.id);
     const auto it = file_.tensors().find(name);
@@ -128,6 +95,43 @@ class GgufModel final : public MappedModel {
 };
 
 }  // namespace
+
+// The files of a split model are NAME-00001-of-0000N.gguf.
+GgufFile OpenGgufParts(const std::string& path, bool any_type) {
+  GgufFile first(path, any_type);
+  const int64_t count = first.IntOr("split.count", 1);
+  if (count < 0 || count > 99999) {
+    first.Fail("split.count", fmt::format("is {}; expected 1 to 99999", count));
+  }
+  if (count <= 1) return first;
+  if (const int64_t number = first.Int("split.no"); number != 0) {
+    first.Fail("split.no", fmt::format("is {}: this is not the first of the model's {} files; "
+                                       "expected that one, -00001-of-{:05}.gguf",
+                                       number, count, count));
+  }
+  const auto suffix = [&](int64_t i) { return fmt::format("-{:05}-of-{:05}.gguf", i + 1, count); };
+  if (!path.ends_with(suffix(0))) {
+    first.Fail("file name", fmt::format("is not what the first of {} files is called; expected it "
+                                        "to end in {}",
+                                        count, suffix(0)));
+  }
+  const std::string stem = path.substr(0, path.size() - suffix(0).size());
+  for (int64_t i = 1; i < count; ++i) {
+    GgufFile part(stem + suffix(i), any_type);
+    if (part.Int("split.no") != i || part.Int("split.count") != count) {
+      part.Fail("split.no, split.count",
+                fmt::format("is {} of {}; expected {} of {}", part.Int("split.no"),
+                            part.Int("split.count"), i, count));
+    }
+    first.Append(std::move(part));
+  }
+  const auto total = static_cast<int64_t>(first.tensors().size());
+  if (const int64_t expected = first.IntOr("split.tensors.count", total); expected != total) {
+    first.Fail("split.tensors.count",
+               fmt::format("is {}; expected the {} tensors of all files", expected, total));
+  }
+  return first;
+}
 
 std::unique_ptr<ModelFile> OpenGgufModel(const std::string& path) {
   return std::make_unique<GgufModel>(path);

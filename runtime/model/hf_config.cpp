@@ -4,32 +4,10 @@
 
 #include "runtime/base/printable.h"
 #include "runtime/model/hf_model.h"
-#include "runtime/model/json_file.h"
 #include "runtime/model/mapped_model.h"
 
 namespace passel::model {
 namespace {
-
-// `rope_scaling` of a config, or the `rope_parameters` that newer ones have in its place.
-void ReadRope(const JsonObject& root, const std::string& path, ModelConfig& config) {
-  config.rope_theta = root.NumberOr("rope_theta", 10000);
-  const char* key = root.Find("rope_parameters") != nullptr ? "rope_parameters" : "rope_scaling";
-  const nlohmann::json* json = root.Find(key);
-  if (json == nullptr) return;
-  const std::string where = path + ": " + key;
-  const JsonObject rope(*json, where);
-  config.rope_theta = rope.NumberOr("rope_theta", config.rope_theta);
-  const std::string type = rope.StringOr("rope_type", rope.StringOr("type", "default"));
-  if (type == "default") return;
-  RopeScaling scaling;
-  scaling.type = type;
-  scaling.factor = rope.NumberOr("factor", 0);
-  scaling.low_freq_factor = rope.NumberOr("low_freq_factor", scaling.low_freq_factor);
-  scaling.high_freq_factor = rope.NumberOr("high_freq_factor", scaling.high_freq_factor);
-  scaling.original_context =
-      rope.IntOr("original_max_position_embeddings", scaling.original_context);
-  config.rope_scaling = scaling;
-}
 
 // A qwen config may let some of its layers slide: those it lists, or those from max_window_layers
 // on.
@@ -61,6 +39,27 @@ int64_t QwenSlidingWindow(const JsonObject& root, int32_t layers) {
 
 }  // namespace
 
+// `rope_scaling` of a config, or the `rope_parameters` that newer ones have in its place.
+void ReadHfRope(const JsonObject& root, const std::string& path, ModelConfig& config) {
+  config.rope_theta = root.NumberOr("rope_theta", 10000);
+  const char* key = root.Find("rope_parameters") != nullptr ? "rope_parameters" : "rope_scaling";
+  const nlohmann::json* json = root.Find(key);
+  if (json == nullptr) return;
+  const std::string where = path + ": " + key;
+  const JsonObject rope(*json, where);
+  config.rope_theta = rope.NumberOr("rope_theta", config.rope_theta);
+  const std::string type = rope.StringOr("rope_type", rope.StringOr("type", "default"));
+  if (type == "default") return;
+  RopeScaling scaling;
+  scaling.type = type;
+  scaling.factor = rope.NumberOr("factor", 0);
+  scaling.low_freq_factor = rope.NumberOr("low_freq_factor", scaling.low_freq_factor);
+  scaling.high_freq_factor = rope.NumberOr("high_freq_factor", scaling.high_freq_factor);
+  scaling.original_context =
+      rope.IntOr("original_max_position_embeddings", scaling.original_context);
+  config.rope_scaling = scaling;
+}
+
 ModelConfig HfConfig(const std::string& directory) {
   const std::string path = directory + "/config.json";
   const nlohmann::json json = ParseJsonFile(path, 16 << 20);
@@ -68,7 +67,7 @@ ModelConfig HfConfig(const std::string& directory) {
   ModelConfig config;
   config.architecture = root.StringOr("model_type", "");
   const bool qwen2 = config.architecture == "qwen2", qwen3 = config.architecture == "qwen3";
-  if (config.architecture != "llama" && config.architecture != "mistral" && !qwen2 && !qwen3) {
+  if (std::ranges::find(kHfArchitectures, config.architecture) == kHfArchitectures.end()) {
     root.Fail("model_type",
               fmt::format("is \"{}\"; expected \"llama\", \"mistral\", \"qwen2\" or \"qwen3\"",
                           Printable(config.architecture)));
@@ -102,7 +101,7 @@ ModelConfig HfConfig(const std::string& directory) {
     root.Fail("num_attention_heads", fmt::format("is {}; expected a divisor of the hidden size, {}",
                                                  config.heads, config.hidden));
   }
-  ReadRope(root, path, config);
+  ReadHfRope(root, path, config);
   ValidateConfig(config, path);
   return config;
 }

@@ -8,9 +8,7 @@
 
 #include "runtime/base/error.h"
 #include "runtime/base/printable.h"
-#include "runtime/model/json_file.h"
 #include "runtime/model/mapped_model.h"
-#include "runtime/model/safetensors.h"
 
 namespace passel::model {
 namespace {
@@ -65,11 +63,11 @@ class HfModel final : public MappedModel {
  public:
   explicit HfModel(const std::string& directory) : directory_(directory) {
     config_ = HfConfig(directory);
-    for (const std::string& name : ShardNames(directory)) {
-      shards_.emplace_back(directory + "/" + name);
-      weight_bytes_ += shards_.back().tensor_bytes();
-      for (const auto& [tensor, view] : shards_.back().tensors()) {
-        if (!tensors_.emplace(tensor, Place{&view, shards_.size() - 1}).second) {
+    shards_ = OpenShards(directory);
+    for (size_t i = 0; i < shards_.size(); ++i) {
+      weight_bytes_ += shards_[i].tensor_bytes();
+      for (const auto& [tensor, view] : shards_[i].tensors()) {
+        if (!tensors_.emplace(tensor, Place{&view, i}).second) {
           Fail(tensor, "is in two files; expected it once");
         }
       }
@@ -85,10 +83,11 @@ class HfModel final : public MappedModel {
                                config_.architecture));
       }
     }
-    tokenizer_ = HfTokenizer(directory, config_.vocab);
   }
 
  private:
+  TokenizerData ReadTokenizer() const override { return HfTokenizer(directory_, config_.vocab); }
+
   struct Place {
     const Safetensor* tensor;
     size_t shard;
@@ -125,6 +124,12 @@ class HfModel final : public MappedModel {
 };
 
 }  // namespace
+
+std::vector<SafetensorsFile> OpenShards(const std::string& directory) {
+  std::vector<SafetensorsFile> shards;
+  for (const std::string& name : ShardNames(directory)) shards.emplace_back(directory + "/" + name);
+  return shards;
+}
 
 std::unique_ptr<ModelFile> OpenHfModel(const std::string& directory) {
   return std::make_unique<HfModel>(directory);

@@ -115,6 +115,27 @@ std::vector<ExpectedWeight> ExpectedWeights(const ModelConfig& c) {
   return out;
 }
 
+void ValidateRopeScaling(const ModelConfig& c, const std::string& where) {
+  if (!c.rope_scaling) return;
+  const RopeScaling& s = *c.rope_scaling;
+  auto fail = [&](std::string_view field, const std::string& what) {
+    throw Error(ErrorClass::kModel, fmt::format("{}: {}: {}", where, field, what));
+  };
+  if (s.type != "linear" && s.type != "llama3") {
+    fail("RoPE scaling",
+         fmt::format("is \"{}\"; expected \"linear\" or \"llama3\"", Printable(s.type)));
+  }
+  if (!(s.factor > 0 && std::isfinite(s.factor))) {
+    fail("RoPE scaling factor", fmt::format("is {}; expected a positive value", s.factor));
+  }
+  if (s.type == "llama3" && !(s.low_freq_factor > 0 && s.high_freq_factor > s.low_freq_factor &&
+                              std::isfinite(s.high_freq_factor) && s.original_context > 0)) {
+    fail("RoPE scaling",
+         "expected 0 < low_freq_factor < high_freq_factor and a positive "
+         "original context");
+  }
+}
+
 void ValidateConfig(const ModelConfig& c, const std::string& where) {
   auto fail = [&](std::string_view field, const std::string& what) {
     throw Error(ErrorClass::kModel, fmt::format("{}: {}: {}", where, field, what));
@@ -155,22 +176,13 @@ void ValidateConfig(const ModelConfig& c, const std::string& where) {
   for (const float factor : c.rope_factors) {
     if (!(factor > 0 && std::isfinite(factor))) fail("RoPE factors", "expected positive values");
   }
-  if (c.rope_scaling) {
-    const RopeScaling& s = *c.rope_scaling;
-    if (s.type != "linear" && s.type != "llama3") {
-      fail("RoPE scaling",
-           fmt::format("is \"{}\"; expected \"linear\" or \"llama3\"", Printable(s.type)));
-    }
-    if (!(s.factor > 0 && std::isfinite(s.factor))) {
-      fail("RoPE scaling factor", fmt::format("is {}; expected a positive value", s.factor));
-    }
-    if (s.type == "llama3" && !(s.low_freq_factor > 0 && s.high_freq_factor > s.low_freq_factor &&
-                                std::isfinite(s.high_freq_factor) && s.original_context > 0)) {
-      fail("RoPE scaling",
-           "expected 0 < low_freq_factor < high_freq_factor and a positive "
-           "original context");
-    }
-  }
+  ValidateRopeScaling(c, where);
+}
+
+const TokenizerData& MappedModel::tokenizer() const {
+  const std::lock_guard lock(mutex_);
+  if (!tokenizer_) tokenizer_ = ReadTokenizer();
+  return *tokenizer_;
 }
 
 size_t MappedModel::IndexOf(WeightId id) const {

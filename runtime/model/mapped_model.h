@@ -1,6 +1,8 @@
 #pragma once
 
 #include <cstdint>
+#include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -30,6 +32,8 @@ std::vector<ExpectedWeight> ExpectedWeights(const ModelConfig& config);
 // Refuses what the transformer cannot serve: sizes out of range, heads that do not divide. Called
 // before anything is derived from a config. Throws Error{kModel}: "where: field: …".
 void ValidateConfig(const ModelConfig& config, const std::string& where);
+// The part of it that is about RoPE scaling.
+void ValidateRopeScaling(const ModelConfig& config, const std::string& where);
 
 // Name of a weight's kind and layer, for messages: "layer 3 q".
 std::string WeightName(WeightId id);
@@ -43,14 +47,15 @@ class MappedModel : public ModelFile {
   void Read(WeightId id, int64_t row, int64_t rows, int64_t col, int64_t cols,
             float* out) const override;
   void Release(WeightId id) const override;
-  const TokenizerData& tokenizer() const override { return tokenizer_; }
+  const TokenizerData& tokenizer() const override;
   uint64_t weight_bytes() const override { return weight_bytes_; }
 
  protected:
   void SetView(WeightId id, const WeightView& view);
+  // Called when the tokenizer is first asked for. Throws Error{kModel}.
+  virtual TokenizerData ReadTokenizer() const = 0;
 
   ModelConfig config_;
-  TokenizerData tokenizer_;
   uint64_t weight_bytes_ = 0;
 
  private:
@@ -60,6 +65,8 @@ class MappedModel : public ModelFile {
   void ReadAs(WeightId id, int64_t row, int64_t rows, int64_t col, int64_t cols, Out* out) const;
 
   std::vector<WeightView> views_;
+  mutable std::mutex mutex_;  // guards tokenizer_
+  mutable std::optional<TokenizerData> tokenizer_;
 };
 
 }  // namespace passel::model

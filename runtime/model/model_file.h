@@ -83,6 +83,7 @@ class ModelFile {
   // Says that a weight has been read: what of it lies in this process's memory may go. It can be
   // read again, at the cost of the first time.
   virtual void Release(WeightId) const {}
+  // Read when it is first asked for. Throws Error{kModel} where it is malformed or not served.
   virtual const TokenizerData& tokenizer() const = 0;
   // Bytes of all weights in the file.
   virtual uint64_t weight_bytes() const = 0;

@@ -90,7 +90,7 @@ class HfModelTest : public testing::Test {
   std::unique_ptr<ModelFile> Open() const { return ModelFile::Open(dir_.str()); }
   void ExpectRefused(const std::string& part) const {
     try {
-      Open();
+      Open()->tokenizer();
       FAIL() << "expected an error with \"" << part << "\"";
     } catch (const Error& e) {
       const std::string what = e.what();

@@ -67,7 +67,7 @@ GgufWriter Llama(const std::string& skip = "") {
 void ExpectRefused(const GgufWriter& writer, const std::string& part) {
   const TempPath file(".gguf", writer.Encode());
   try {
-    ModelFile::Open(file.str());
+    ModelFile::Open(file.str())->tokenizer();
     FAIL() << "expected an error with \"" << part << "\"";
   } catch (const Error& e) {
     const std::string what = e.what();
