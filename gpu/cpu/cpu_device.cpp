@@ -85,7 +85,8 @@ std::unique_ptr<Linear> CpuDevice::MakeLinear(int64_t out_features, int64_t in_f
   Check(out_features > 0 && in_features > 0, "MakeLinear: empty matrix");
   const auto panels = static_cast<int64_t>(CeilDiv(static_cast<uint64_t>(out_features), kPanel));
   auto matrix = std::make_unique<PanelMatrix>(
-      context_, ledger_, activation_, panels, in_features, [&](int64_t p, void* data) {
+      context_, ledger_, activation_, DType::kBf16, panels, in_features,
+      [&](int64_t p, void* data) {
         const int64_t first = p * kPanel;
         const int64_t count = std::min(kPanel, out_features - first);
         if (activation_ == DType::kBf16) {
@@ -152,12 +153,11 @@ void CpuDevice::Embed(const Linear& table, std::span<const int32_t> ids, Tensor 
         std::fill(row, row + out.cols, 0.0f);
         continue;
       }
-      const void* panel = matrix.panel(id / kPanel);
+      const auto* panel = static_cast<const bf16*>(matrix.panel(id / kPanel));
       const int64_t base = matrix.layout().col_offsets()[static_cast<size_t>(id % kPanel)];
       for (size_t j = 0; j < offsets.size(); ++j) {
         const int64_t at = base + offsets[j];
-        row[j] = matrix.type() == DType::kBf16 ? ToFloat(static_cast<const bf16*>(panel)[at])
-                                               : static_cast<const float*>(panel)[at];
+        row[j] = ToFloat(panel[at]);
       }
     }
   });

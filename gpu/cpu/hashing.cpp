@@ -17,7 +17,7 @@ void CpuDevice::SetProjections(std::span<const float> r, int32_t head_dim, int32
   // A panel holds whole tables, so that a code comes from one panel.
   const int64_t tables = kPanel / k;
   projections_ = std::make_unique<PanelMatrix>(
-      context_, ledger_, DType::kF32, (l + tables - 1) / tables, head_dim,
+      context_, ledger_, DType::kF32, DType::kF32, (l + tables - 1) / tables, head_dim,
       [&](int64_t p, void* data) {
         auto* rows = static_cast<float*>(data);
         std::fill_n(rows, kPanel * head_dim, 0.0f);

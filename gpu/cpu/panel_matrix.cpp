@@ -9,11 +9,13 @@
 namespace passel::gpu::cpu {
 
 PanelMatrix::PanelMatrix(GemmContext& context, const std::shared_ptr<Ledger>& ledger, DType type,
-                         int64_t panels, int64_t in, const PanelFiller& fill)
-    : type_(type), in_(in), panels_(panels) {
+                         DType held, int64_t panels, int64_t in, const PanelFiller& fill)
+    : type_(type), held_(held), in_(in), panels_(panels) {
   Check(panels > 0 && in > 0, "PanelMatrix: empty matrix");
+  Check(held == type || held == DType::kBf16, "PanelMatrix: how panels are held");
   layout_ = &context.cache.Layout(type, in, kPanel);
-  panel_bytes_ = RoundUp(layout_->bytes(), 64);
+  panel_elements_ = static_cast<int64_t>(layout_->bytes() / SizeOf(type));
+  panel_bytes_ = RoundUp(static_cast<size_t>(panel_elements_) * SizeOf(held), 64);
   const auto bytes = CheckedMul(static_cast<uint64_t>(panels), panel_bytes_);
   memory_ = MakeBuffer(ledger, bytes.value_or(std::numeric_limits<uint64_t>::max()));
   Packer& packer = context.cache.PackerFor(type, in, kPanel, /*transposed=*/true);
@@ -21,11 +23,26 @@ PanelMatrix::PanelMatrix(GemmContext& context, const std::shared_ptr<Ledger>& le
     // Not the thread's lasting scratch: panels of a whole model would stay in it.
     Scratch rows;
     void* data = rows.Get(static_cast<size_t>(kPanel * in) * SizeOf(type));
+    Scratch packed;
     for (int64_t p = begin; p < end; ++p) {
+      void* to = static_cast<char*>(memory_->data()) + static_cast<size_t>(p) * panel_bytes_;
       fill(p, data);
-      packer.Run(data, static_cast<char*>(memory_->data()) + static_cast<size_t>(p) * panel_bytes_);
+      if (held == type) {
+        packer.Run(data, to);
+      } else {
+        auto* wide = packed.Get<float>(panel_elements_);
+        packer.Run(data, wide);
+        context.kernels.to_bf16(wide, static_cast<bf16*>(to), panel_elements_);
+      }
     }
   });
+}
+
+const void* PanelMatrix::Widened(GemmContext& context, int64_t p) const {
+  if (held_ == type_) return panel(p);
+  auto* wide = context.panel.local().Get<float>(panel_elements_);
+  context.kernels.to_f32(static_cast<const bf16*>(panel(p)), wide, panel_elements_);
+  return wide;
 }
 
 std::vector<PanelMatrix::Tile> PanelMatrix::Tiles(GemmContext& context, const void* x, int64_t n,

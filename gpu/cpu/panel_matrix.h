@@ -29,25 +29,27 @@ struct GemmContext {
   Executor executor;
   GemmCache cache;
   Scratch padded_rows;  // of the issuing thread
-  tbb::enumerable_thread_specific<Scratch> tile;
+  tbb::enumerable_thread_specific<Scratch> tile, panel;
 };
 
 // A weight matrix as panels of kPanel output features, each packed for oneDNN. Every (panel, tile
 // of rows) is one single-threaded product, so bits do not depend on the number of threads; with
-// tiles fixed (`fixed_tiles`), not on the number of rows either.
+// tiles fixed (`fixed_tiles`), not on the number of rows either. Panels that are multiplied as f32
+// may be held as bf16: each is widened where a run of tiles is multiplied with it.
 class PanelMatrix {
  public:
   // Fills rows of panel `p`: [kPanel, in] row-major bf16 or f32 as `type` says. Called from several
   // threads at once. Padding rows are the filler's to zero.
   using PanelFiller = std::function<void(int64_t p, void* rows)>;
 
-  PanelMatrix(GemmContext& context, const std::shared_ptr<Ledger>& ledger, DType type,
+  // type: of the products; held: the same or, with values that bf16 represents, kBf16.
+  PanelMatrix(GemmContext& context, const std::shared_ptr<Ledger>& ledger, DType type, DType held,
               int64_t panels, int64_t in, const PanelFiller& fill);
 
-  DType type() const { return type_; }
   int64_t in() const { return in_; }
   int64_t panels() const { return panels_; }
   const PackedLayout& layout() const { return *layout_; }
+  // Panel p as it is held, in layout().
   const void* panel(int64_t p) const {
     return static_cast<const char*>(memory_->data()) + static_cast<size_t>(p) * panel_bytes_;
   }
@@ -68,10 +70,13 @@ class PanelMatrix {
   };
   std::vector<Tile> Tiles(GemmContext& context, const void* x, int64_t n, int64_t stride,
                           bool fixed_tiles) const;
+  // Panel p as the products want it, perhaps in memory of the thread's own.
+  const void* Widened(GemmContext& context, int64_t p) const;
 
-  DType type_;
+  DType type_, held_;
   int64_t in_, panels_;
   const PackedLayout* layout_;
+  int64_t panel_elements_;
   size_t panel_bytes_;
   std::unique_ptr<Buffer> memory_;
 };
@@ -90,9 +95,10 @@ void PanelMatrix::Multiply(GemmContext& context, const void* x, int64_t n, int64
     for (int64_t task = begin; task < end; ++task) {
       const int64_t p = task % panels_;
       const int64_t first = task / panels_ * kTilesOfTask;
+      const void* b = Widened(context, p);
       for (int64_t t = first; t < std::min(tile_count, first + kTilesOfTask); ++t) {
         const Tile& tile = tiles[static_cast<size_t>(t)];
-        tile.kernel.gemm->Run(tile.x, panel(p), c);
+        tile.kernel.gemm->Run(tile.x, b, c);
         emit(p, tile.row, tile.count, static_cast<const float*>(c));
       }
     }
