@@ -131,10 +131,9 @@ class Device {
     Add(into, scratch);
   }
 
-  // out[i] = table[ids[i]], f32; zeros where ids[i] < 0 (a row another rank holds). table: [vocab,
-  // hidden] bf16, or a weight of that shape (tied embeddings, held once). ids: host memory,
-  // validated by the caller.
-  virtual void Embed(Tensor table, std::span<const int32_t> ids, Tensor out) = 0;
+  // out[i] = row ids[i] of the weight, f32; zeros where ids[i] < 0 (a row another rank holds).
+  // table: [vocab, hidden]; with tied embeddings the output weight. ids: host memory, validated by
+  // the caller.
   virtual void Embed(const Linear& table, std::span<const int32_t> ids, Tensor out) = 0;
   // residual += delta (where delta.data is set); out = residual / rms(residual) · weight.
   // residual, delta: [n, hidden] f32; weight: [1, hidden] f32; out: activation_type or f32.

@@ -121,23 +121,6 @@ void CpuDevice::MatMul(const Linear& w, Tensor x, Tensor out) {
                   });
 }
 
-void CpuDevice::Embed(Tensor table, std::span<const int32_t> ids, Tensor out) {
-  const auto n = static_cast<int64_t>(ids.size());
-  Check(table.type == DType::kBf16 && out.type == DType::kF32 && table.cols == out.cols &&
-            out.rows == n,
-        "Embed: shapes disagree");
-  for (int64_t i = 0; i < n; ++i) {
-    const int32_t id = ids[static_cast<size_t>(i)];
-    Check(id < table.rows, "Embed: id out of range");
-    float* row = RowPtr<float>(out, i);
-    if (id < 0) {
-      std::fill(row, row + out.cols, 0.0f);
-    } else {
-      kernels_.to_f32(RowPtr<bf16>(table, id), row, out.cols);
-    }
-  }
-}
-
 void CpuDevice::Embed(const Linear& table, std::span<const int32_t> ids, Tensor out) {
   const PanelMatrix& matrix = AsPanels(table).matrix();
   const auto n = static_cast<int64_t>(ids.size());

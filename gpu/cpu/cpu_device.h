@@ -41,7 +41,6 @@ class CpuDevice final : public Device {
     return host;
   }
 
-  void Embed(Tensor table, std::span<const int32_t> ids, Tensor out) override;
   void Embed(const Linear& table, std::span<const int32_t> ids, Tensor out) override;
   void AddRmsNorm(Tensor residual, Tensor delta, Tensor weight, float eps, Tensor out) override;
   void Rope(Tensor x, int32_t head_dim, std::span<const float> inv_freq,

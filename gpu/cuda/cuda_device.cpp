@@ -219,17 +219,13 @@ void CudaDevice::Multiply(const Linear& w, Tensor x, Tensor out, bool accumulate
   }
 }
 
-void CudaDevice::Embed(Tensor table, std::span<const int32_t> ids, Tensor out) {
-  Check(table.type == DType::kBf16 && out.type == DType::kF32 && table.cols == out.cols &&
-            out.rows == static_cast<int64_t>(ids.size()),
-        "Embed: shapes disagree");
-  for (const int32_t id : ids) Check(id < table.rows, "Embed: id out of range");
-  LaunchEmbed(stream_.get, table, ring_.Upload(ids), out);
-}
-
 void CudaDevice::Embed(const Linear& table, std::span<const int32_t> ids, Tensor out) {
-  const int64_t in = table.in_features();
-  Embed(Tensor{AsCuda(table).data(), DType::kBf16, table.out_features(), in, in}, ids, out);
+  const CudaLinear& linear = AsCuda(table);
+  const int64_t in = linear.in_features(), rows = linear.out_features();
+  Check(out.type == DType::kF32 && out.cols == in && out.rows == static_cast<int64_t>(ids.size()),
+        "Embed: shapes disagree");
+  for (const int32_t id : ids) Check(id < rows, "Embed: id out of range");
+  LaunchEmbed(stream_.get, {linear.data(), DType::kBf16, rows, in, in}, ring_.Upload(ids), out);
 }
 
 }  // namespace cuda

@@ -40,7 +40,6 @@ class CudaDevice final : public Device {
                                      const RowReader& rows) override;
   void MatMul(const Linear& w, Tensor x, Tensor out) override;
   void MatMulAdd(const Linear& w, Tensor x, Tensor into, Tensor scratch) override;
-  void Embed(Tensor table, std::span<const int32_t> ids, Tensor out) override;
   void Embed(const Linear& table, std::span<const int32_t> ids, Tensor out) override;
   void AddRmsNorm(Tensor residual, Tensor delta, Tensor weight, float eps, Tensor out) override;
   void Rope(Tensor x, int32_t head_dim, std::span<const float> inv_freq,

@@ -136,24 +136,11 @@ struct Transformer::Impl {
     return linear;
   }
 
-  void LoadEmbedding() {
-    constexpr int64_t kRows = 1024;  // read at once
-    table = NewTensor(DType::kBf16, slice.vocab, config.hidden, weights);
-    std::vector<bf16> host(static_cast<size_t>(kRows * config.hidden));
-    for (int64_t row = 0; row < slice.vocab; row += kRows) {
-      const int64_t count = std::min<int64_t>(kRows, slice.vocab - row);
-      file.Read({WeightKind::kTokenEmbedding}, slice.first_vocab + row, count, 0, config.hidden,
-                host.data());
-      device.CopyToDevice(table.Rows(row, count).data, host.data(),
-                          static_cast<size_t>(count * config.hidden) * sizeof(bf16));
-      device.Record()->Wait();
-    }
-    Loaded({WeightKind::kTokenEmbedding}, int64_t{slice.vocab} * config.hidden);
-  }
-
   void Load(const LoadProgress& progress) {
     const int64_t dim = config.head_dim;
-    if (!config.tied_embeddings) LoadEmbedding();
+    if (!config.tied_embeddings) {
+      embedding = LoadRows({{{WeightKind::kTokenEmbedding}, slice.first_vocab, slice.vocab}});
+    }
     output_norm = LoadNorm({WeightKind::kOutputNorm});
     output = LoadRows({{{WeightKind::kOutput}, slice.first_vocab, slice.vocab}});
     for (int32_t l = 0; l < config.layers; ++l) {
@@ -200,9 +187,9 @@ struct Transformer::Impl {
   const std::vector<float> inv_freq;
 
   std::vector<std::unique_ptr<gpu::Buffer>> weights;
-  Tensor table;  // [slice.vocab, hidden] bf16; empty where `output` serves as the table
   Tensor output_norm;
-  std::unique_ptr<gpu::Linear> output;
+  // [slice.vocab, hidden]; tied: `output` alone, which serves as both.
+  std::unique_ptr<gpu::Linear> embedding, output;
   std::vector<Layer> layers;
   uint64_t loaded = 0;  // bytes of weights so far, as bf16
 };
@@ -266,11 +253,7 @@ void Transformer::Embed(Activations& a, std::span<const int32_t> ids) const {
     const int32_t id = ids[i] - m.slice.first_vocab;
     own[i] = id >= 0 && id < m.slice.vocab ? id : -1;
   }
-  if (m.table.data != nullptr) {
-    m.device.Embed(m.table, own, a.hidden);
-  } else {
-    m.device.Embed(*m.output, own, a.hidden);
-  }
+  m.device.Embed(m.embedding ? *m.embedding : *m.output, own, a.hidden);
   m.AllReduce(a.hidden);
 }
 

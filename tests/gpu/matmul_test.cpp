@@ -96,15 +96,13 @@ TEST(MatMulBits, DoNotDependOnThreads) {
   }
 }
 
-TEST(Embed, ReadsTheRowsOfALinearAndOfATable) {
+TEST(Embed, ReadsTheRowsOfALinear) {
   Random random(11);
   const int64_t vocab = 333;
   for (const int64_t hidden : {48, 576}) {
     const auto w = RoundToBf16(RandomFloats(random, vocab * hidden));
     const auto device = MakeDevice(false, 2);
     const auto linear = device->MakeLinear(vocab, hidden, ReaderOf(w, hidden));
-    DeviceMatrix table(*device, DType::kBf16, vocab, hidden);
-    table.Set(w);
     const std::vector<int32_t> ids = {0, 332, 64, -1, 63, 64, 200};
     std::vector<float> expected;
     for (const int32_t id : ids) {
@@ -115,11 +113,8 @@ TEST(Embed, ReadsTheRowsOfALinearAndOfATable) {
     DeviceMatrix out(*device, DType::kF32, static_cast<int64_t>(ids.size()), hidden);
     device->Embed(*linear, ids, out.tensor);
     EXPECT_EQ(out.Get(), expected);
-    device->Embed(table.tensor, ids, out.tensor);
-    EXPECT_EQ(out.Get(), expected);
     const std::vector<int32_t> beyond = {333, 0, 0, 0, 0, 0, 0};
     EXPECT_THROW(device->Embed(*linear, beyond, out.tensor), Error);
-    EXPECT_THROW(device->Embed(table.tensor, beyond, out.tensor), Error);
   }
 }
 
