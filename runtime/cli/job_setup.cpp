@@ -62,19 +62,19 @@ std::unique_ptr<gpu::Device> MakeDevice(const engine::Job& job) {
   return gpu::MakeCpuDevice(options);
 }
 
-// A line every five seconds of loading, twice a second on a terminal.
+// A line every five seconds of loading; on a terminal at once, then twice a second.
 model::LoadProgress PrintLoading(int32_t layers) {
   using Clock = std::chrono::steady_clock;
   const bool terminal = isatty(STDERR_FILENO) != 0;
+  const std::chrono::milliseconds every(terminal ? 500 : 5000);
   const auto start = Clock::now();
-  return [=, printed = start](int32_t loaded, uint64_t bytes) mutable {
+  return [=, next = terminal ? start : start + every, began = false](int32_t loaded,
+                                                                     uint64_t bytes) mutable {
     const auto now = Clock::now();
     const bool last = loaded == layers;  // ends what was begun
-    if (last ? printed == start
-             : now - printed < std::chrono::milliseconds(terminal ? 500 : 5000)) {
-      return;
-    }
-    printed = now;
+    if (last ? !began : now < next) return;
+    next = now + every;
+    began = true;
     fmt::print(stderr, "{}loading: {} of {} layers, {:.1f} GB in {:.0f} s{}",
                terminal ? "\r\033[K" : "", loaded, layers, static_cast<double>(bytes) / 1e9,
                std::chrono::duration<double>(now - start).count(), terminal && !last ? "" : "\n");

@@ -138,11 +138,13 @@ struct Transformer::Impl {
 
   void Load(const LoadProgress& progress) {
     const int64_t dim = config.head_dim;
+    if (progress) progress(0, 0);
     if (!config.tied_embeddings) {
       embedding = LoadRows({{{WeightKind::kTokenEmbedding}, slice.first_vocab, slice.vocab}});
     }
     output_norm = LoadNorm({WeightKind::kOutputNorm});
     output = LoadRows({{{WeightKind::kOutput}, slice.first_vocab, slice.vocab}});
+    if (progress) progress(0, loaded);
     for (int32_t l = 0; l < config.layers; ++l) {
       Layer layer;
       layer.attn_norm = LoadNorm({WeightKind::kAttnNorm, l});

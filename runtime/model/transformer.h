@@ -42,7 +42,8 @@ struct Activations {
   void Resize(int64_t rows);
 };
 
-// So many layers are loaded, and so many bytes of weights as bf16.
+// So many layers are loaded, and so many bytes of weights as bf16: those of the embedding and the
+// output come before the first layer.
 using LoadProgress = std::function<void(int32_t layers, uint64_t bytes)>;
 
 // A llama-family decoder on one device, as one tensor-parallel rank. Layers are two stages, before
@@ -50,7 +51,8 @@ using LoadProgress = std::function<void(int32_t layers, uint64_t bytes)>;
 // business. Neither stage blocks on anything but the device and the collectives.
 class Transformer {
  public:
-  // Loads this rank's slice of the weights. `progress`, where set, is called after each layer.
+  // Loads this rank's slice of the weights. `progress`, where set, is called at
+  // the beginning, after the embedding and output, and after each layer.
   // `device` and `collectives` must outlive this.
   Transformer(const ModelFile& file, gpu::Device& device, Collectives& collectives,
               const LoadProgress& progress);

@@ -148,5 +148,21 @@ TEST_F(Batch, ResumeAnswersWhatIsMissingOnce) {
   EXPECT_EQ(ReadFile(path), before);
 }
 
+// One line, written over: it is there before the first layer is, and ends with all of them.
+TEST_F(Batch, LoadingShowsItsProgressOnATerminal) {
+  Job job;
+  job.requests = {Greedy("r", "The capital of France is", 2)};
+  job.terminal = true;
+  const std::string err = RunJobOk(directory_, job).process.err;
+  const std::string line = "\r\033[Kloading: ";
+  const size_t first = err.find(line + "0 of 30 layers, 0.0 GB in 0 s");
+  const size_t last = err.find(line + "30 of 30 layers, 0.3 GB in ");
+  ASSERT_NE(first, std::string::npos) << err;
+  ASSERT_NE(last, std::string::npos) << err;
+  EXPECT_LT(first, last);
+  EXPECT_EQ(err.substr(first, last - first).find('\n'), std::string::npos) << err;
+  EXPECT_EQ(err.find(line, last + 1), std::string::npos) << err;
+}
+
 }  // namespace
 }  // namespace passel::e2e

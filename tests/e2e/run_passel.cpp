@@ -23,7 +23,16 @@ using nlohmann::json;
 struct Pipe {
   int read = -1;
   int write = -1;
-  Pipe() {
+  // `terminal`: what is written goes to one, whose other end is read.
+  explicit Pipe(bool terminal = false) {
+    if (terminal) {
+      read = posix_openpt(O_RDWR | O_NOCTTY | O_CLOEXEC);
+      if (read < 0 || grantpt(read) != 0 || unlockpt(read) != 0) {
+        throw std::runtime_error("no terminal is to be had");
+      }
+      write = open(ptsname(read), O_RDWR | O_NOCTTY | O_CLOEXEC);
+      return;
+    }
     int fds[2];
     if (pipe2(fds, O_CLOEXEC) != 0) throw std::runtime_error("pipe2 failed");
     read = fds[0];
@@ -124,9 +133,10 @@ std::optional<std::string> TestModel() {
   return path;
 }
 
-ProcessResult RunProcess(const std::vector<std::string>& command, std::chrono::seconds timeout) {
+ProcessResult RunProcess(const std::vector<std::string>& command, std::chrono::seconds timeout,
+                         bool terminal) {
   ProcessResult result;
-  Pipe out, err;
+  Pipe out, err(terminal);
   const auto start = Clock::now();
   const pid_t pid = Spawn(command, out, err);
   out.CloseWrite();
@@ -233,7 +243,7 @@ JobResult RunJob(const TempDirectory& directory, const Job& job) {
     parts = {{ranks == 1 ? 0 : ranks, args}};
   }
   JobResult result;
-  result.process = RunProcess(PasselCommand(parts), job.timeout);
+  result.process = RunProcess(PasselCommand(parts), job.timeout, job.terminal);
   std::ifstream lines(output, std::ios::binary);
   for (std::string line; std::getline(lines, line) && !lines.eof();) {
     json parsed = json::parse(line, nullptr, false);

@@ -45,8 +45,10 @@ struct ProcessResult {
 };
 
 // Runs a command to its end, stdin empty. After `timeout` it is terminated (SIGTERM to its process
-// group, so that mpirun ends its ranks, then SIGKILL) and timed_out is set.
-ProcessResult RunProcess(const std::vector<std::string>& command, std::chrono::seconds timeout);
+// group, so that mpirun ends its ranks, then SIGKILL) and timed_out is set. `terminal`: its stderr
+// is one.
+ProcessResult RunProcess(const std::vector<std::string>& command, std::chrono::seconds timeout,
+                         bool terminal = false);
 
 // Ranks that get the same arguments; more than one part is mpirun's MPMD form.
 struct Part {
@@ -63,8 +65,9 @@ struct Job {
   std::vector<nlohmann::json> requests;  // a line each; none: input.jsonl is as it is
   std::vector<std::string> settings;     // "attention.k=8", on top of configs/local.textproto
   int model_ranks = 1;
-  int hosts = 0;      // 0 with one model rank: no mpirun
-  bool mpmd = false;  // roles by --role instead of by number
+  int hosts = 0;          // 0 with one model rank: no mpirun
+  bool mpmd = false;      // roles by --role instead of by number
+  bool terminal = false;  // stderr is one
   std::vector<std::string> extra_args;
   std::string name = "run";  // output is <name>.jsonl, the run directory <name>
   std::chrono::seconds timeout{180};
