@@ -97,6 +97,7 @@ struct DeviceInfo {
   std::string backend;        // "CPU" or "CUDA"
   std::string name;           // "Intel … (AVX-512, BF16)", "NVIDIA H100 80GB HBM3"
   uint64_t memory_bytes = 0;  // budget of this rank
+  int32_t max_head_dim = 0;   // the largest that attention serves; 0: any
 };
 
 // What a model rank computes with. Work is issued in order and may run asynchronously; results are

@@ -28,7 +28,7 @@ class CudaDevice final : public Device {
   CudaDevice(const DeviceOptions& options, std::string name, uint64_t usable_bytes);
   ~CudaDevice() override;
 
-  DeviceInfo info() const override { return {"CUDA", name_, ledger_->limit}; }
+  DeviceInfo info() const override { return {"CUDA", name_, ledger_->limit, kMaxHeadDim}; }
   DType activation_type() const override { return DType::kBf16; }
   std::unique_ptr<Buffer> Allocate(size_t bytes) override;
   std::unique_ptr<Buffer> AllocateStaging(size_t bytes) override;

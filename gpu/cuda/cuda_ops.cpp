@@ -96,7 +96,8 @@ void CudaDevice::Sample(Tensor x, std::span<const SamplingRule> rules, std::span
 
 void CudaDevice::CreateKvPool(const AttentionShape& shape, int32_t pages) {
   Check(shape.heads > 0 && shape.kv_heads > 0 && shape.heads % shape.kv_heads == 0 &&
-            shape.head_dim > 0 && shape.head_dim % 16 == 0 && shape.head_dim <= 256 && pages > 0,
+            shape.head_dim > 0 && shape.head_dim % 16 == 0 && shape.head_dim <= kMaxHeadDim &&
+            pages > 0,
         "CreateKvPool: shape");
   const uint64_t slot = uint64_t{2} * sizeof(bf16) * static_cast<uint64_t>(shape.kv_heads) *
                         static_cast<uint64_t>(shape.head_dim);
@@ -179,7 +180,7 @@ void CudaDevice::DecodeAttention(Tensor q, std::span<const KvView> views, Partia
 void CudaDevice::CausalAttention(const AttentionShape& shape, Tensor q, Tensor k, Tensor v,
                                  int64_t start, int64_t window, Tensor out) {
   const int64_t head_dim = shape.head_dim;
-  Check(shape.kv_heads > 0 && head_dim > 0 && head_dim % 8 == 0 && head_dim <= kMaxCausalHeadDim &&
+  Check(shape.kv_heads > 0 && head_dim > 0 && head_dim % 8 == 0 && head_dim <= kMaxHeadDim &&
             shape.heads % shape.kv_heads == 0 && start >= 0 && window >= 0,
         "CausalAttention: shape");
   Check(q.type == DType::kF32 && q.cols == shape.heads * head_dim && out.rows == q.rows &&
@@ -251,7 +252,7 @@ void CudaDevice::MergePartials(Partials into, Partials from, std::span<const int
   const int64_t head_dim = CheckPartials(into, "MergePartials: shapes of `into` disagree");
   Check(CheckPartials(from, "MergePartials: shapes of `from` disagree") == head_dim,
         "MergePartials: head_dim differs");
-  Check(head_dim <= 256, "MergePartials: head_dim above 256");
+  Check(head_dim <= kMaxHeadDim, "MergePartials: head_dim");
   const auto n = static_cast<int64_t>(rows.size());
   Check(n == from.max.rows && first_heads.size() == rows.size() && into.max.rows < 65536,
         "MergePartials: one row and head index per partial");

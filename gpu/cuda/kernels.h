@@ -12,6 +12,9 @@
 // unless said otherwise; all work goes to `stream`. A launch that fails throws.
 namespace passel::gpu::cuda {
 
+// Of attention and of partial results.
+inline constexpr int32_t kMaxHeadDim = 256;
+
 // Copies up to kMaxPutBytes of host memory to device memory (4-byte aligned, rounded up to 4 bytes)
 // as an argument of a kernel (elementwise.cu): the host's copy may go at once.
 inline constexpr size_t kMaxPutBytes = 32000;  // of 32,764 that arguments may have
@@ -90,8 +93,7 @@ inline int64_t DecodePartialFloats(const AttentionShape& shape) {
 void LaunchDecodeAttention(cudaStream_t stream, PoolView pool, Tensor q, const int32_t* pages,
                            const DecodeRow* rows, int32_t max_splits, float* scratch, Partials out);
 
-// Causal attention of a chunk (causal_attention.cu); head_dim ≤ kMaxCausalHeadDim, a multiple of 8.
-inline constexpr int32_t kMaxCausalHeadDim = 256;
+// Causal attention of a chunk (causal_attention.cu); head_dim ≤ kMaxHeadDim, a multiple of 8.
 void LaunchCausalAttention(cudaStream_t stream, const AttentionShape& shape, Tensor q, Tensor k,
                            Tensor v, int64_t start, int64_t window, Tensor out);
 

@@ -46,6 +46,12 @@ struct Transformer::Impl {
         config(model_file.config()),
         slice(SliceFor(config, coll.rank(), coll.size())),
         inv_freq(RopeInverseFrequencies(config)) {
+    const int32_t most = device.info().max_head_dim;
+    if (most > 0 && config.head_dim > most) {
+      throw Error(ErrorClass::kModel, "head dimension: is " + std::to_string(config.head_dim) +
+                                          "; expected at most " + std::to_string(most) + " on " +
+                                          device.info().backend);
+    }
     for (int r = 0; r < coll.size(); ++r) slices.push_back(SliceFor(config, r, coll.size()));
     Load(progress);
   }

@@ -53,7 +53,8 @@ class Transformer {
  public:
   // Loads this rank's slice of the weights. `progress`, where set, is called at
   // the beginning, after the embedding and output, and after each layer.
-  // `device` and `collectives` must outlive this.
+  // `device` and `collectives` must outlive this. Throws Error{kModel} for heads that the device
+  // does not serve, Error{kMemory} where its memory does not suffice.
   Transformer(const ModelFile& file, gpu::Device& device, Collectives& collectives,
               const LoadProgress& progress);
   ~Transformer();

@@ -131,6 +131,22 @@ TEST(Transformer, WeightsAreHeldOnceAndReported) {
   }
 }
 
+TEST(Transformer, RefusesHeadsThatTheDeviceDoesNotServe) {
+  const auto device = gpu::MakeTestDevice({.threads = 1});
+  const int32_t most = device->info().max_head_dim;
+  if (most == 0) GTEST_SKIP() << "this device serves heads of any size";
+  SingleRank alone;
+  const RandomModel model(Shape(2, 1, most + 16, true), 8);
+  try {
+    const Transformer refused(model, *device, alone, nullptr);
+    FAIL() << "heads of " << most + 16 << " were served";
+  } catch (const Error& e) {
+    EXPECT_EQ(e.error_class(), ErrorClass::kModel);
+    EXPECT_EQ(std::string(e.what()), "head dimension: is " + std::to_string(most + 16) +
+                                         "; expected at most " + std::to_string(most) + " on CUDA");
+  }
+}
+
 TEST(Transformer, RefusesWhatDoesNotFit) {
   const RandomModel model(Shape(4, 2, 16, true), 8);
   SingleRank alone;
