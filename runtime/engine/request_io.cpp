@@ -53,6 +53,18 @@ std::optional<int64_t> Count(const json& body, const char* key, int64_t low) {
   return v->get<int64_t>();
 }
 
+std::vector<int32_t> Encoded(const char* field, const std::string& text,
+                             const Tokenizer& tokenizer) {
+  std::vector<int32_t> ids = tokenizer.Encode(text, true);
+  for (const int32_t id : ids) {
+    if (id < tokenizer.vocab_size()) continue;
+    Bad(field, "no \"" + tokenizer.TokenBytes(id, true) + "\": its token id, " +
+                   std::to_string(id) + ", is not below the model's " +
+                   std::to_string(tokenizer.vocab_size()));
+  }
+  return ids;
+}
+
 std::vector<int32_t> PromptTokens(const json& body, const Tokenizer& tokenizer, bool* chat) {
   const json* prompt = Find(body, "prompt");
   const json* messages = Find(body, "messages");
@@ -61,7 +73,7 @@ std::vector<int32_t> PromptTokens(const json& body, const Tokenizer& tokenizer, 
   }
   *chat = messages != nullptr;
   if (prompt) {
-    if (prompt->is_string()) return tokenizer.Encode(prompt->get<std::string>(), true);
+    if (prompt->is_string()) return Encoded("prompt", prompt->get<std::string>(), tokenizer);
     if (!prompt->is_array()) Bad("prompt", "a string or an array of token ids");
     std::vector<int32_t> ids;
     ids.reserve(prompt->size());
@@ -86,7 +98,7 @@ std::vector<int32_t> PromptTokens(const json& body, const Tokenizer& tokenizer, 
     if (!content || !content->is_string()) Bad(at + ".content", "a string");
     list.push_back({role->get<std::string>(), content->get<std::string>()});
   }
-  return tokenizer.Encode(tokenizer.ApplyChatTemplate(list), true);
+  return Encoded("messages", tokenizer.ApplyChatTemplate(list), tokenizer);
 }
 
 std::vector<std::string> StopStrings(const json& body) {

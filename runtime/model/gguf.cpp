@@ -17,18 +17,26 @@ namespace passel::model {
 
 static_assert(std::endian::native == std::endian::little, "GGUF is read in place");
 
-// Reads the header from front to back; every read is checked against the end of the file.
+// The metadata and the tensor directory may take as much as this: several times what a vocabulary
+// of 260,000 tokens needs, and a bound on the memory that a header can ask for.
+constexpr uint64_t kMaxHeader = uint64_t{64} << 20;
+
+// Reads the header from front to back; every read is checked against the end of the file and of
+// what a header may take. Memory grows with what was read, never with what a count promises.
 class GgufParser {
  public:
   GgufParser(GgufFile& out, bool any_type)
-      : out_(out), bytes_(out.file_.bytes()), any_type_(any_type) {}
+      : out_(out),
+        file_(out.file_.bytes()),
+        header_(file_.first(std::min<uint64_t>(file_.size(), kMaxHeader))),
+        any_type_(any_type) {}
 
   void Parse() {
     uint64_t tensors = 0, values = 0;
     ReadPreamble(tensors, values);
     for (uint64_t i = 0; i < values; ++i) ReadKeyValue(i);
-    const std::vector<Entry> entries = ReadDirectory(tensors);
-    PlaceTensors(entries);
+    for (uint64_t i = 0; i < tensors; ++i) ReadTensor(i);
+    PlaceTensors();
   }
 
  private:
@@ -47,19 +55,20 @@ class GgufParser {
     kInt64,
     kFloat64,
   };
-  struct Entry {
-    std::string name;
-    GgufTensor tensor;
-    uint64_t offset;  // in the data section
+  // A tensor of out_, and where it lies in the data section.
+  struct Place {
+    uint64_t offset;
+    const std::string* name;
+    GgufTensor* tensor;
   };
 
-  uint64_t Left() const { return bytes_.size() - at_; }
+  uint64_t Left() const { return header_.size() - at_; }
 
   void Need(uint64_t size, std::string_view field) const {
     if (size > Left()) {
       out_.Fail(field, fmt::format("needs {} bytes at offset {}, but only {} are left; expected a "
-                                   "complete file",
-                                   size, at_, Left()));
+                                   "complete file with a header of at most {} MiB",
+                                   size, at_, Left(), kMaxHeader >> 20));
     }
   }
 
@@ -67,7 +76,7 @@ class GgufParser {
   T Read(std::string_view field) {
     Need(sizeof(T), field);
     T value;
-    std::memcpy(&value, bytes_.data() + at_, sizeof(T));
+    std::memcpy(&value, header_.data() + at_, sizeof(T));
     at_ += sizeof(T);
     return value;
   }
@@ -75,14 +84,14 @@ class GgufParser {
   std::string ReadString(std::string_view field) {
     const auto size = Read<uint64_t>(field);
     Need(size, field);
-    std::string text(reinterpret_cast<const char*>(bytes_.data() + at_), size);
+    std::string text(reinterpret_cast<const char*>(header_.data() + at_), size);
     at_ += size;
     return text;
   }
 
   void ReadPreamble(uint64_t& tensors, uint64_t& values) {
     Need(4, "magic");
-    if (std::memcmp(bytes_.data(), "GGUF", 4) != 0) {
+    if (std::memcmp(header_.data(), "GGUF", 4) != 0) {
       out_.Fail("magic", "not a GGUF file; expected it to begin with \"GGUF\"");
     }
     at_ = 4;
@@ -103,8 +112,8 @@ class GgufParser {
   // Refuses counts that the rest of the file cannot hold, before anything is allocated.
   void CheckCount(std::string_view field, uint64_t count, uint64_t least_bytes) const {
     if (count > Left() / least_bytes) {
-      out_.Fail(field,
-                fmt::format("is {}, more than the remaining {} bytes can hold", count, Left()));
+      out_.Fail(field, fmt::format("is {}, more than the remaining {} bytes of the header can hold",
+                                   count, Left()));
     }
   }
 
@@ -172,8 +181,8 @@ class GgufParser {
     static constexpr uint64_t kLeast[] = {1, 1, 2, 2, 4, 4, 4, 1, 8, 0, 8, 8, 8};
     CheckCount(key, count, kLeast[type]);
     if (type == kString) {
-      std::vector<std::string> strings(count);
-      for (std::string& s : strings) s = ReadString(key);
+      std::vector<std::string> strings;
+      for (uint64_t i = 0; i < count; ++i) strings.push_back(ReadString(key));
       return strings;
     }
     if (type == kFloat32 || type == kFloat64) {
@@ -196,20 +205,16 @@ class GgufParser {
     }
   }
 
-  std::vector<Entry> ReadDirectory(uint64_t count) {
-    std::vector<Entry> entries;
-    entries.reserve(count);
-    for (uint64_t i = 0; i < count; ++i) {
-      Entry entry;
-      entry.name = ReadString(fmt::format("name of tensor {}", i));
-      ReadShape(entry);
-      entries.push_back(std::move(entry));
-    }
-    return entries;
+  void ReadTensor(uint64_t index) {
+    const std::string name = ReadString(fmt::format("name of tensor {}", index));
+    const std::string field = fmt::format("tensor '{}'", Printable(name));
+    const GgufTensor tensor = ReadShape(field);
+    const auto [it, is_new] = out_.tensors_.emplace(name, tensor);
+    if (!is_new) out_.Fail(field, "is given twice; expected each tensor once");
+    places_.push_back({Read<uint64_t>(field), &it->first, &it->second});
   }
 
-  void ReadShape(Entry& entry) {
-    const std::string field = fmt::format("tensor '{}'", Printable(entry.name));
+  GgufTensor ReadShape(const std::string& field) {
     const auto dims = Read<uint32_t>(field);
     if (dims < 1 || dims > 4) {
       out_.Fail(field, fmt::format("has {} dimensions; expected 1 to 4", dims));
@@ -240,14 +245,13 @@ class GgufParser {
       out_.Fail(field, fmt::format("has rows of {} elements; expected a multiple of {} for {}",
                                    cols, layout->block, layout->name));
     }
-    entry.offset = Read<uint64_t>(field);
     // At most 2^56 elements of at most 4 bytes: no overflow.
-    entry.tensor = {
+    return {
         layout->type, static_cast<int64_t>(rows), static_cast<int64_t>(cols), nullptr,
         *elements / static_cast<uint64_t>(layout->block) * static_cast<uint64_t>(layout->bytes)};
   }
 
-  void PlaceTensors(const std::vector<Entry>& entries) {
+  void PlaceTensors() {
     const int64_t alignment = out_.IntOr("general.alignment", 32);
     if (alignment < 1 || alignment > (1 << 20) ||
         !std::has_single_bit(static_cast<uint64_t>(alignment))) {
@@ -255,41 +259,39 @@ class GgufParser {
                 fmt::format("is {}; expected a power of two up to 2^20", alignment));
     }
     const auto align = static_cast<uint64_t>(alignment);
-    const uint64_t start = std::min<uint64_t>(RoundUp(at_, align), bytes_.size());
-    const uint64_t space = bytes_.size() - start;
-    std::vector<std::pair<uint64_t, const Entry*>> order;
-    for (const Entry& e : entries) {
-      const std::string field = fmt::format("tensor '{}'", Printable(e.name));
-      if (e.offset % align != 0) {
-        out_.Fail(field, fmt::format("has offset {}; expected a multiple of {}", e.offset, align));
+    const uint64_t start = std::min<uint64_t>(RoundUp(at_, align), file_.size());
+    const uint64_t space = file_.size() - start;
+    std::sort(places_.begin(), places_.end(),
+              [](const Place& a, const Place& b) { return a.offset < b.offset; });
+    const Place* before = nullptr;
+    for (const Place& place : places_) {
+      const uint64_t offset = place.offset, bytes = place.tensor->bytes;
+      const auto fail = [&](const std::string& what) {
+        out_.Fail(fmt::format("tensor '{}'", Printable(*place.name)), what);
+      };
+      if (offset % align != 0) {
+        fail(fmt::format("has offset {}; expected a multiple of {}", offset, align));
       }
-      if (e.tensor.bytes > space || e.offset > space - e.tensor.bytes) {
-        out_.Fail(field, fmt::format("takes {} bytes at offset {}, but the file's data has only "
-                                     "{}; expected a complete file",
-                                     e.tensor.bytes, e.offset, space));
+      if (bytes > space || offset > space - bytes) {
+        fail(
+            fmt::format("takes {} bytes at offset {}, but the file's data has only {}; expected a "
+                        "complete file",
+                        bytes, offset, space));
       }
-      GgufTensor tensor = e.tensor;
-      tensor.data = bytes_.data() + start + e.offset;
-      if (!out_.tensors_.emplace(e.name, tensor).second) {
-        out_.Fail(field, "is given twice; expected each tensor once");
+      if (before != nullptr && before->offset + before->tensor->bytes > offset) {
+        fail(fmt::format("overlaps tensor '{}'", Printable(*before->name)));
       }
-      order.emplace_back(e.offset, &e);
-      out_.tensor_bytes_ += e.tensor.bytes;  // bounded: overlaps are refused below
-    }
-    std::sort(order.begin(), order.end(),
-              [](const auto& a, const auto& b) { return a.first < b.first; });
-    for (size_t i = 1; i < order.size(); ++i) {
-      if (order[i - 1].first + order[i - 1].second->tensor.bytes > order[i].first) {
-        out_.Fail(fmt::format("tensor '{}'", Printable(order[i].second->name)),
-                  fmt::format("overlaps tensor '{}'", Printable(order[i - 1].second->name)));
-      }
+      before = &place;
+      place.tensor->data = file_.data() + start + offset;
+      out_.tensor_bytes_ += bytes;  // bounded: there is no overlap
     }
   }
 
   GgufFile& out_;
-  std::span<const uint8_t> bytes_;
+  const std::span<const uint8_t> file_, header_;
   const bool any_type_;
   uint64_t at_ = 0;
+  std::vector<Place> places_;
 };
 
 GgufFile::GgufFile(const std::string& path, bool any_type) : file_(path) {

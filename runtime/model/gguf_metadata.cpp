@@ -143,8 +143,8 @@ TokenizerData GgufTokenizer(const GgufFile& file) {
   data.pre_tokenizer = file.StringOr("tokenizer.ggml.pre", "gpt-2");
   data.tokens = file.Strings("tokenizer.ggml.tokens");
   const size_t count = data.tokens.size();
-  if (count == 0 || count > (size_t{1} << 26)) {
-    file.Fail("tokenizer.ggml.tokens", fmt::format("has {} tokens; expected 1 to 2^26", count));
+  if (count == 0 || count > (size_t{1} << 22)) {
+    file.Fail("tokenizer.ggml.tokens", fmt::format("has {} tokens; expected 1 to 2^22", count));
   }
   auto same_length = [&](const char* key, size_t size) {
     if (size != count) file.Fail(key, fmt::format("has {} elements; expected {}", size, count));

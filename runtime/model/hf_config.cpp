@@ -62,7 +62,7 @@ void ReadHfRope(const JsonObject& root, const std::string& path, ModelConfig& co
 
 ModelConfig HfConfig(const std::string& directory) {
   const std::string path = directory + "/config.json";
-  const nlohmann::json json = ParseJsonFile(path, 16 << 20);
+  const nlohmann::json json = ParseJsonFile(path, 1 << 20);
   const JsonObject root(json, path);
   ModelConfig config;
   config.architecture = root.StringOr("model_type", "");

@@ -39,7 +39,7 @@ std::set<std::string> ShardNames(const std::string& directory) {
   const std::string index = directory + "/model.safetensors.index.json";
   std::error_code error;
   if (!std::filesystem::exists(index, error)) return {"model.safetensors"};
-  const nlohmann::json json = ParseJsonFile(index, 256 << 20);
+  const nlohmann::json json = ParseJsonFile(index, 16 << 20);
   const JsonObject root(json, index);
   const nlohmann::json* map = root.Find("weight_map");
   if (map == nullptr || !map->is_object() || map->empty()) {

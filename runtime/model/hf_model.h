@@ -21,7 +21,8 @@ void ReadHfRope(const JsonObject& root, const std::string& path, ModelConfig& co
 // What config.json says of the architecture, checked by ValidateConfig. Throws Error{kModel}.
 ModelConfig HfConfig(const std::string& directory);
 // tokenizer.json, tokenizer_config.json, generation_config.json; no tokens where the directory has
-// no tokenizer.json. Ids are below `vocab`. Throws Error{kModel}.
+// no tokenizer.json. `vocab`: the ids that the model embeds; the tokenizer may have further ones.
+// Throws Error{kModel}.
 TokenizerData HfTokenizer(const std::string& directory, int32_t vocab);
 // The files that hold weights: model.safetensors, or those that the index names. Throws
 // Error{kModel}.

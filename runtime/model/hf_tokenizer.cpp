@@ -6,7 +6,6 @@
 #include "runtime/base/error.h"
 #include "runtime/model/hf_model.h"
 #include "runtime/model/json_file.h"
-#include "runtime/model/mapped_file.h"
 #include "runtime/model/stop_ids.h"
 #include "runtime/model/tokenizer_json.h"
 
@@ -14,8 +13,6 @@ namespace passel::model {
 namespace {
 
 using nlohmann::json;
-
-constexpr uint64_t kMaxBytes = uint64_t{512} << 20;
 
 bool Exists(const std::string& path) {
   std::error_code error;
@@ -35,7 +32,7 @@ std::string TokenText(const JsonObject& object, const char* key) {
 // `eos_token_id` of a config: a number or a list of them.
 void ReadStops(const std::string& path, size_t tokens, std::vector<int32_t>& stops) {
   if (!Exists(path)) return;
-  const json parsed = ParseJsonFile(path, 16 << 20);
+  const json parsed = ParseJsonFile(path, 1 << 20);
   const JsonObject root(parsed, path);
   const json* eos = root.Find("eos_token_id");
   if (eos == nullptr) return;
@@ -52,10 +49,7 @@ void ReadStops(const std::string& path, size_t tokens, std::vector<int32_t>& sto
 // as a list of named ones.
 std::string ChatTemplateText(const std::string& directory, const JsonObject* config) {
   const std::string path = directory + "/chat_template.jinja";
-  if (Exists(path)) {
-    const MappedFile file(path);
-    return {reinterpret_cast<const char*>(file.bytes().data()), file.bytes().size()};
-  }
+  if (Exists(path)) return ReadTextFile(path, 1 << 20);
   const json* value = config == nullptr ? nullptr : config->Find("chat_template");
   if (value == nullptr) return "";
   if (value->is_string()) return value->get<std::string>();
@@ -76,13 +70,14 @@ TokenizerData HfTokenizer(const std::string& directory, int32_t vocab) {
   TokenizerData data;
   const std::string path = directory + "/tokenizer.json";
   if (!Exists(path)) return data;
-  const TokenizerJson tokenizer(path, vocab, data);
+  const TokenizerJson tokenizer(path, data);
+  data.model_vocab = vocab;
 
   const std::string config_path = directory + "/tokenizer_config.json";
   std::string bos, eos;
   std::optional<bool> add_bos;
   if (Exists(config_path)) {
-    const json parsed = ParseJsonFile(config_path, kMaxBytes);
+    const json parsed = ParseJsonFile(config_path, 16 << 20);
     const JsonObject config(parsed, config_path);
     bos = TokenText(config, "bos_token");
     eos = TokenText(config, "eos_token");

@@ -13,53 +13,89 @@
 namespace passel::model {
 namespace {
 
-constexpr int kMaxDepth = 64;
+constexpr size_t kMaxDepth = 64;
+// A value takes up to some 100 bytes of memory, in text as few as two. The largest tokenizer.json
+// known has 2.3 million values; the header of a million safetensors, 7 million.
+constexpr uint64_t kMaxValues = uint64_t{1} << 23;
 
-}  // namespace
+// Reads JSON without keeping it, and throws where it is not what ParseJson returns.
+class Checker final : public nlohmann::json_sax<nlohmann::json> {
+ public:
+  explicit Checker(const std::string& where) : where_(where) {}
 
-nlohmann::json ParseJson(std::string_view text, const std::string& where) {
-  using nlohmann::json;
-  std::vector<std::set<std::string>> keys;  // of the open objects and arrays
-  const auto check = [&](int depth, json::parse_event_t event, json& parsed) {
-    switch (event) {
-      case json::parse_event_t::object_start:
-      case json::parse_event_t::array_start:
-        if (depth >= kMaxDepth) {
-          throw Error(ErrorClass::kModel,
-                      fmt::format("{}: nests deeper than {} levels", where, kMaxDepth));
-        }
-        keys.emplace_back();
-        break;
-      case json::parse_event_t::object_end:
-      case json::parse_event_t::array_end:
-        keys.pop_back();
-        break;
-      case json::parse_event_t::key:
-        if (!keys.back().insert(parsed.get<std::string>()).second) {
-          throw Error(ErrorClass::kModel, fmt::format("{}: key \"{}\" is given twice", where,
-                                                      Printable(parsed.get<std::string>())));
-        }
-        break;
-      case json::parse_event_t::value:
-        break;
+  bool null() override { return Value(); }
+  bool boolean(bool) override { return Value(); }
+  bool number_integer(number_integer_t) override { return Value(); }
+  bool number_unsigned(number_unsigned_t) override { return Value(); }
+  bool number_float(number_float_t, const string_t&) override { return Value(); }
+  bool string(string_t&) override { return Value(); }
+  bool binary(binary_t&) override { return Value(); }
+  bool start_object(size_t) override { return Open(); }
+  bool start_array(size_t) override { return Open(); }
+  bool end_object() override { return Close(); }
+  bool end_array() override { return Close(); }
+  bool key(string_t& name) override {
+    if (!keys_.back().insert(name).second) {
+      Fail(fmt::format("key \"{}\" is given twice", Printable(name)));
     }
     return true;
-  };
-  try {
-    return json::parse(text.begin(), text.end(), check);
-  } catch (const json::exception& e) {
-    throw Error(ErrorClass::kModel,
-                fmt::format("{}: expected JSON: {}", where, Printable(e.what(), 300)));
   }
-}
+  bool parse_error(size_t, const std::string&, const nlohmann::json::exception& e) override {
+    Fail(fmt::format("expected JSON: {}", Printable(e.what(), 300)));
+  }
 
-nlohmann::json ParseJsonFile(const std::string& path, uint64_t max_bytes) {
-  const MappedFile file(path);
+ private:
+  bool Value() {
+    if (++values_ > kMaxValues) Fail(fmt::format("has more than {} values", kMaxValues));
+    return true;
+  }
+  bool Open() {
+    if (keys_.size() >= kMaxDepth) Fail(fmt::format("nests deeper than {} levels", kMaxDepth));
+    keys_.emplace_back();
+    return Value();
+  }
+  bool Close() {
+    keys_.pop_back();
+    return true;
+  }
+  [[noreturn]] void Fail(const std::string& what) const {
+    throw Error(ErrorClass::kModel, fmt::format("{}: {}", where_, what));
+  }
+
+  const std::string& where_;
+  std::vector<std::set<std::string>> keys_;  // of the open objects and arrays
+  uint64_t values_ = 0;
+};
+
+MappedFile OpenBounded(const std::string& path, uint64_t max_bytes) {
+  MappedFile file(path);
   if (file.bytes().size() > max_bytes) {
     throw Error(ErrorClass::kModel, fmt::format("{}: has {} bytes; expected at most {}", path,
                                                 file.bytes().size(), max_bytes));
   }
-  return ParseJson({reinterpret_cast<const char*>(file.bytes().data()), file.bytes().size()}, path);
+  return file;
+}
+
+std::string_view Text(const MappedFile& file) {
+  return {reinterpret_cast<const char*>(file.bytes().data()), file.bytes().size()};
+}
+
+}  // namespace
+
+nlohmann::json ParseJson(std::string_view text, const std::string& where) {
+  Checker checker(where);
+  nlohmann::json::sax_parse(text.begin(), text.end(), &checker);
+  return nlohmann::json::parse(text.begin(), text.end());
+}
+
+nlohmann::json ParseJsonFile(const std::string& path, uint64_t max_bytes) {
+  const MappedFile file = OpenBounded(path, max_bytes);
+  return ParseJson(Text(file), path);
+}
+
+std::string ReadTextFile(const std::string& path, uint64_t max_bytes) {
+  const MappedFile file = OpenBounded(path, max_bytes);
+  return std::string(Text(file));
 }
 
 JsonObject::JsonObject(const nlohmann::json& json, const std::string& where)

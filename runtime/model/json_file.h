@@ -8,10 +8,13 @@
 namespace passel::model {
 
 // JSON of a model's files. Throws Error{kModel} naming `where` for what is not well-formed UTF-8
-// JSON, gives a key twice in one object, or nests deeper than 64.
+// JSON, gives a key twice in one object, nests deeper than 64 or has more than 2^23 values, whose
+// memory is some 100 bytes each and the strings'.
 nlohmann::json ParseJson(std::string_view text, const std::string& where);
 // The same from a file of at most `max_bytes`.
 nlohmann::json ParseJsonFile(const std::string& path, uint64_t max_bytes);
+// The text of such a file as it stands.
+std::string ReadTextFile(const std::string& path, uint64_t max_bytes);
 
 // Checked access to an object of a file, for messages "where: key: …".
 class JsonObject {

@@ -13,7 +13,7 @@ namespace {
 using nlohmann::json;
 using Prefix = TokenizerData::SpaceRules::Prefix;
 
-constexpr uint64_t kMaxBytes = uint64_t{512} << 20;
+constexpr uint64_t kMaxBytes = uint64_t{128} << 20;
 constexpr const char* kSpace = "\xe2\x96\x81";  // ▁, U+2581
 
 bool IsByteToken(const std::string& text) {
@@ -24,12 +24,8 @@ bool IsByteToken(const std::string& text) {
 
 }  // namespace
 
-TokenizerJson::TokenizerJson(const std::string& path, int32_t vocab, TokenizerData& data)
-    : path_(path),
-      vocab_(vocab),
-      data_(data),
-      json_(ParseJsonFile(path, kMaxBytes)),
-      root_(json_, path_) {
+TokenizerJson::TokenizerJson(const std::string& path, TokenizerData& data)
+    : path_(path), data_(data), json_(ParseJsonFile(path, kMaxBytes)), root_(json_, path_) {
   const json* model_json = root_.Find("model");
   if (model_json == nullptr) root_.Fail("model", "is missing; expected a BPE model");
   const std::string where = path_ + ": model";
@@ -74,12 +70,13 @@ bool TokenizerJson::TemplateBeginsWith(const std::string& bos) const {
   return false;
 }
 
-// Sets a token, growing the list to at most the model's vocabulary.
+// Sets a token, growing the list as far as its id.
 void TokenizerJson::SetToken(std::string_view field, int64_t id, const std::string& text,
                              TokenizerData::TokenType type) {
-  if (id < 0 || id >= vocab_) {
-    root_.Fail(field, fmt::format("\"{}\" has id {}; expected one below the model's {} tokens",
-                                  Printable(text), id, vocab_));
+  if (id < 0 || static_cast<uint64_t>(id) >= ids_) {
+    root_.Fail(field, fmt::format("\"{}\" has id {}; expected one below {}, twice as many as there "
+                                  "are tokens",
+                                  Printable(text), id, ids_));
   }
   const auto index = static_cast<size_t>(id);
   if (index >= data_.tokens.size()) {
@@ -100,6 +97,9 @@ void TokenizerJson::ReadVocabulary(const JsonObject& model) {
   if (vocabulary == nullptr || !vocabulary->is_object()) {
     model.Fail("vocab", "expected an object of tokens and ids");
   }
+  const json* added = root_.Find("added_tokens");
+  // Some vocabularies have gaps; a single id must not ask for a list of any length.
+  ids_ = 2 * (vocabulary->size() + (added == nullptr ? 0 : added->size())) + 1024;
   for (const auto& [token, id] : vocabulary->items()) {
     if (!id.is_number_unsigned())
       model.Fail("vocab", fmt::format("\"{}\": expected an id", Printable(token)));

@@ -11,9 +11,9 @@ namespace passel::model {
 // A tokenizer.json: byte-level BPE, or SentencePiece's BPE as converters write it.
 class TokenizerJson {
  public:
-  // Reads the file into `data`, which must outlive this. `vocab`: the model's, which bounds the
-  // ids. Throws Error{kModel} for what is malformed or would be encoded otherwise than here.
-  TokenizerJson(const std::string& path, int32_t vocab, TokenizerData& data);
+  // Reads the file into `data`, which must outlive this. Throws Error{kModel} for what is malformed
+  // or would be encoded otherwise than here.
+  TokenizerJson(const std::string& path, TokenizerData& data);
 
   // The id of a token's text, −1 where it has none.
   int32_t IdOf(const std::string& text) const;
@@ -35,7 +35,7 @@ class TokenizerJson {
   [[noreturn]] void Unserved(const char* key) const;
 
   const std::string path_;
-  const int32_t vocab_;
+  uint64_t ids_ = 0;  // every id is below
   TokenizerData& data_;
   const nlohmann::json json_;
   const JsonObject root_;

@@ -25,6 +25,7 @@ class MergeTable {
   // Adds merges "left right", in rank order. Throws Error{kModel} where a side or the union is no
   // token.
   void AddAll(const std::vector<std::string>& merges, const TokenIds& ids);
+  size_t size() const { return merges_.size(); }
   std::optional<Merge> Find(int32_t left, int32_t right) const {
     const auto it = merges_.find(Key(left, right));
     if (it == merges_.end()) return std::nullopt;

@@ -1,5 +1,6 @@
 #include "runtime/tokenizer/byte_level_tokenizer.h"
 
+#include <algorithm>
 #include <array>
 
 #include "runtime/base/utf8.h"
@@ -58,13 +59,15 @@ class ByteLevelTokenizer final : public Tokenizer {
   }
 
   std::string TokenBytes(int32_t id, bool keep_special) const override {
-    if (id < 0 || id >= vocab_size()) return "";
     const auto index = static_cast<size_t>(id);
+    if (id < 0 || index >= token_bytes_.size()) return "";
     if (data_.types[index] == TokenizerData::TokenType::kSpecial && !keep_special) return "";
     return token_bytes_[index];
   }
 
-  int32_t vocab_size() const override { return static_cast<int32_t>(data_.tokens.size()); }
+  int32_t vocab_size() const override {
+    return std::min(data_.model_vocab, static_cast<int32_t>(data_.tokens.size()));
+  }
   std::span<const int32_t> stop_ids() const override { return data_.stop; }
   std::string ApplyChatTemplate(std::span<const ChatMessage> messages) const override {
     return chat_.Apply(messages);

@@ -24,6 +24,7 @@ using Type = TokenizerData::TokenType;
 constexpr std::string_view kSpace = "\xe2\x96\x81";  // ▁, U+2581
 // Every split of a scored token is looked up: a bound on what a hostile file can ask for.
 constexpr size_t kLongestScored = 512;
+constexpr size_t kMostScored = size_t{1} << 22;  // some ten times Gemma's
 
 void ReplaceAll(std::string_view text, std::string_view from, std::string_view to,
                 std::string& out) {
@@ -105,14 +106,16 @@ class SentencePieceTokenizer final : public Tokenizer {
   }
 
   std::string TokenBytes(int32_t id, bool keep_special) const override {
-    if (id < 0 || id >= vocab_size()) return "";
     const auto index = static_cast<size_t>(id);
+    if (id < 0 || index >= token_bytes_.size()) return "";
     const Type type = data_.types[index];
     if ((type == Type::kSpecial || type == Type::kUnknown) && !keep_special) return "";
     return token_bytes_[index];
   }
 
-  int32_t vocab_size() const override { return static_cast<int32_t>(data_.tokens.size()); }
+  int32_t vocab_size() const override {
+    return std::min(data_.model_vocab, static_cast<int32_t>(data_.tokens.size()));
+  }
   std::span<const int32_t> stop_ids() const override { return data_.stop; }
   std::string ApplyChatTemplate(std::span<const ChatMessage> messages) const override {
     return chat_.Apply(messages);
@@ -160,7 +163,14 @@ class SentencePieceTokenizer final : public Tokenizer {
         const auto left = ids.find(token.substr(0, cut));
         if (left == ids.end()) continue;
         const auto right = ids.find(token.substr(cut));
-        if (right != ids.end()) merges_.Add(left->second, right->second, {rank, order[i]});
+        if (right == ids.end()) continue;
+        merges_.Add(left->second, right->second, {rank, order[i]});
+        if (merges_.size() > kMostScored) {
+          throw Error(ErrorClass::kModel,
+                      fmt::format("tokenizer: the tokens split into two tokens in more than {} "
+                                  "ways; expected a vocabulary with fewer",
+                                  kMostScored));
+        }
       }
     }
   }

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <map>
 #include <memory>
 #include <span>
@@ -52,6 +53,8 @@ struct TokenizerData {
   };
   std::map<int32_t, Added> added;  // by id; a token without an entry asks for nothing
   int32_t bos = -1, eos = -1, unknown = -1;
+  // Ids from here on stand for tokens that the model cannot embed, as an added [PAD] may be.
+  int32_t model_vocab = std::numeric_limits<int32_t>::max();
   std::vector<int32_t> stop;  // ids that end generation (eos, eot, …)
   bool add_bos = false;
   std::string chat_template;  // Jinja text as in the file; recognised, not interpreted
@@ -69,10 +72,12 @@ class Tokenizer {
   virtual ~Tokenizer() = default;
 
   // Token ids of UTF-8 text; special tokens in the text are recognised where `allow_special`.
-  // Invalid UTF-8 is encoded byte by byte. add_bos applies where the model asks for it.
+  // Invalid UTF-8 is encoded byte by byte. add_bos applies where the model asks for it. Ids may be
+  // ones that the model cannot embed, of vocab_size() or above.
   virtual std::vector<int32_t> Encode(std::string_view text, bool allow_special) const = 0;
   // The bytes of one token; special tokens give "" unless `keep_special`.
   virtual std::string TokenBytes(int32_t id, bool keep_special) const = 0;
+  // Ids below are tokens that the model can embed.
   virtual int32_t vocab_size() const = 0;
   virtual std::span<const int32_t> stop_ids() const = 0;
   // The text that the chat template makes of messages, with the assistant's turn opened. Throws

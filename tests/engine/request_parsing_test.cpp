@@ -174,6 +174,10 @@ TEST_F(RequestParsing, BadPrompts) {
   expect(R"({"prompt": ""})", "prompt: expected at least one token");
   expect(R"({"prompt": []})", "prompt: expected at least one token");
   expect(R"({"prompt": [1, 258]})", "prompt[1]: expected a token id below 258");
+  const char* pad = "expected no \"[PAD]\": its token id, 258, is not below the model's 258";
+  expect(R"({"prompt": "a[PAD]"})", std::string("prompt: ") + pad);
+  expect(R"({"messages": [{"role": "user", "content": "[PAD]"}]})",
+         std::string("messages: ") + pad);
   expect(R"({"prompt": [-1]})", "prompt[0]: expected a token id");
   expect(R"({"prompt": [18446744073709551615]})", "prompt[0]: expected a token id");
   expect(R"({"prompt": [4294967297]})", "prompt[0]: expected a token id");

@@ -8,7 +8,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   const FuzzFile input(data, size);
   Survives([&] {
     TokenizerData tokens;
-    const model::TokenizerJson json(input.path(), 1 << 12, tokens);
+    const model::TokenizerJson json(input.path(), tokens);
     tokens.add_bos = json.TemplateBeginsWith("<s>") && json.IdOf("<s>") >= 0;
     tokens.bos = json.IdOf("<s>");
     const auto tokenizer = Tokenizer::Make(tokens);

@@ -338,6 +338,17 @@ TEST_F(HfModelTest, ReadsTheTokenizer) {
   EXPECT_EQ(Tokenizer::Make(data)->Encode("ab", true), (std::vector<int32_t>{1, 3, 4}));
 }
 
+TEST_F(HfModelTest, TokensBeyondTheEmbeddingAreLeftToWhoUsesThem) {
+  WriteModel();
+  json tokenizer = TokenizerJson();
+  tokenizer["added_tokens"].push_back({{"id", kVocab}, {"content", "[PAD]"}, {"special", true}});
+  Write("tokenizer.json", tokenizer.dump());
+  const auto made = Tokenizer::Make(Open()->tokenizer());
+  EXPECT_EQ(made->vocab_size(), kVocab);
+  EXPECT_EQ(made->Encode("ab[PAD]", true), (std::vector<int32_t>{5, kVocab}));
+  EXPECT_EQ(made->TokenBytes(kVocab, true), "[PAD]");
+}
+
 TEST_F(HfModelTest, RefusesTokenizersItCannotServe) {
   WriteModel();
   const auto with = [&](const std::function<void(json&)>& change, const std::string& part) {
@@ -347,7 +358,7 @@ TEST_F(HfModelTest, RefusesTokenizersItCannotServe) {
     ExpectRefused(part);
   };
   with([](json& t) { t["model"]["type"] = "Unigram"; }, "Unigram");
-  with([](json& t) { t["model"]["vocab"]["zz"] = 11; }, "id 11");
+  with([](json& t) { t["model"]["vocab"]["zz"] = 2000; }, "id 2000");
   with([](json& t) { t["model"]["vocab"]["zz"] = -1; }, "expected an id");
   with([](json& t) { t["model"]["vocab"]["zz"] = ~uint64_t{0}; }, "model.vocab");
   with([](json& t) { t["model"]["vocab"]["zz"] = 3; }, "id 3 is both");
