@@ -233,10 +233,8 @@ class GgufParser {
     const auto type = Read<uint32_t>(field);
     const ElementLayout* layout = FindLayout(type);
     if (layout == nullptr && any_type_) {
-      entry.offset = Read<uint64_t>(field);
-      entry.tensor = {static_cast<ElementType>(type), static_cast<int64_t>(rows),
-                      static_cast<int64_t>(cols), nullptr, 0};
-      return;
+      return {static_cast<ElementType>(type), static_cast<int64_t>(rows),
+              static_cast<int64_t>(cols), nullptr, 0};
     }
     if (layout == nullptr) {
       out_.Fail(field, fmt::format("has element type {}; expected one of {}", type, ServedTypes()));

@@ -1,6 +1,8 @@
 #include <fmt/format.h>
+#include <spdlog/spdlog.h>
 
 #include <algorithm>
+#include <array>
 #include <limits>
 
 #include "runtime/base/printable.h"
@@ -21,10 +23,13 @@ int32_t Int32(const GgufFile& file, const std::string& key, int64_t value) {
 
 void ReadRope(const GgufFile& file, const std::string& arch, ModelConfig& config) {
   config.rope_theta = file.FloatOr(arch + ".rope.freq_base", 10000);
-  const std::string type = file.StringOr(arch + ".rope.scaling.type", "none");
+  // As llama.cpp has it: linear where nothing is said, by no factor where there is none or 0, and
+  // the key of older files counts.
+  const std::string type = file.StringOr(arch + ".rope.scaling.type", "linear");
   if (type == "linear") {
-    config.rope_scaling =
-        RopeScaling{.type = type, .factor = file.Float(arch + ".rope.scaling.factor")};
+    const double factor =
+        file.FloatOr(arch + ".rope.scaling.factor", file.FloatOr(arch + ".rope.scale_linear", 0));
+    if (factor != 0) config.rope_scaling = RopeScaling{.type = type, .factor = factor};
   } else if (type != "none") {
     file.Fail(arch + ".rope.scaling.type",
               fmt::format("is \"{}\"; expected \"none\" or \"linear\"", Printable(type)));
@@ -63,9 +68,10 @@ TokenizerData::TokenType ToTokenType(const GgufFile& file, int64_t type) {
   }
 }
 
-// -1 where the key is absent.
-int32_t TokenId(const GgufFile& file, const std::string& key, size_t tokens) {
-  if (!file.Has(key)) return -1;
+// `otherwise` where the key is absent, -1 if that is no token.
+int32_t TokenId(const GgufFile& file, const std::string& key, size_t tokens,
+                int32_t otherwise = -1) {
+  if (!file.Has(key)) return static_cast<size_t>(otherwise) < tokens ? otherwise : -1;
   const int64_t id = file.Int(key);
   if (id < 0 || static_cast<uint64_t>(id) >= tokens) {
     file.Fail(key, fmt::format("is {}; expected a token id below {}", id, tokens));
@@ -140,7 +146,15 @@ TokenizerData GgufTokenizer(const GgufFile& file) {
   }
   data.kind =
       sentence_piece ? TokenizerData::Kind::kSentencePieceBpe : TokenizerData::Kind::kByteLevelBpe;
-  data.pre_tokenizer = file.StringOr("tokenizer.ggml.pre", "gpt-2");
+  if (!sentence_piece) {
+    data.pre_tokenizer = file.StringOr("tokenizer.ggml.pre", "default");
+    if (data.pre_tokenizer == "default") {
+      spdlog::warn(
+          "{}: tokenizer.ggml.pre does not say how the model cuts text into words; taking "
+          "llama.cpp's fallback, which may give other tokens than the model was trained on",
+          file.path());
+    }
+  }
   data.tokens = file.Strings("tokenizer.ggml.tokens");
   const size_t count = data.tokens.size();
   if (count == 0 || count > (size_t{1} << 22)) {
@@ -162,19 +176,26 @@ TokenizerData GgufTokenizer(const GgufFile& file) {
   } else {
     data.merges = file.Strings("tokenizer.ggml.merges");
   }
-  data.bos = TokenId(file, "tokenizer.ggml.bos_token_id", count);
-  data.eos = TokenId(file, "tokenizer.ggml.eos_token_id", count);
-  data.unknown = TokenId(file, "tokenizer.ggml.unknown_token_id", count);
+  // What files of SentencePiece's kind leave unsaid is what Llama's has.
+  const auto special = [&](const char* name, int32_t llamas) {
+    return TokenId(file, fmt::format("tokenizer.ggml.{}_token_id", name), count,
+                   sentence_piece ? llamas : -1);
+  };
+  data.bos = special("bos", 1);
+  data.eos = special("eos", 2);
+  data.unknown = special("unknown", 0);
   std::vector<int32_t> stops = {data.eos};
   for (const char* name : {"eot", "eom"}) {
     stops.push_back(TokenId(file, fmt::format("tokenizer.ggml.{}_token_id", name), count));
   }
   data.stop = StopIds(data, stops);
-  // Llama 3 asks for BOS in its post-processor, which GGUF files often leave unsaid.
+  // These ask for BOS in their post-processors, which GGUF files often leave unsaid.
+  static constexpr std::array kBegun = {"llama-bpe", "llama3", "llama-v3", "tekken"};
   data.add_bos = file.BoolOr("tokenizer.ggml.add_bos_token",
-                             sentence_piece || data.pre_tokenizer == "llama-bpe");
+                             sentence_piece || std::find(kBegun.begin(), kBegun.end(),
+                                                         data.pre_tokenizer) != kBegun.end());
   if (sentence_piece && file.BoolOr("tokenizer.ggml.add_space_prefix", true)) {
-    data.spaces.prefix = TokenizerData::SpaceRules::Prefix::kAfterSpecial;
+    data.spaces.prefix = TokenizerData::SpaceRules::Prefix::kAlways;
   }
   data.nfc = data.pre_tokenizer == "qwen2";
   data.chat_template = file.StringOr("tokenizer.chat_template", "");

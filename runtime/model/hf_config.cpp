@@ -9,10 +9,24 @@
 namespace passel::model {
 namespace {
 
+void CheckRotatesAll(const JsonObject& object) {
+  const char* key = "partial_rotary_factor";
+  if (const double part = object.NumberOr(key, 1); part != 1) {
+    object.Fail(key, fmt::format("is {}; expected 1: heads that RoPE rotates as a whole", part));
+  }
+}
+
+// transformers' default where nothing is said; null is none.
+int64_t SlidingWindow(const JsonObject& root) {
+  return root.IntOr("sliding_window", root.Has("sliding_window") ? 0 : 4096);
+}
+
 // A qwen config may let some of its layers slide: those it lists, or those from max_window_layers
 // on.
 int64_t QwenSlidingWindow(const JsonObject& root, int32_t layers) {
   if (!root.BoolOr("use_sliding_window", false)) return 0;
+  const int64_t window = SlidingWindow(root);
+  if (window == 0) return 0;
   int64_t sliding = 0;
   if (const nlohmann::json* types = root.Find("layer_types"); types != nullptr) {
     if (!types->is_array() || types->size() != static_cast<size_t>(layers)) {
@@ -34,7 +48,7 @@ int64_t QwenSlidingWindow(const JsonObject& root, int32_t layers) {
     root.Fail("use_sliding_window",
               fmt::format("lets {} of {} layers slide; expected all or none", sliding, layers));
   }
-  return root.IntOr("sliding_window", 4096);
+  return window;
 }
 
 }  // namespace
@@ -44,19 +58,22 @@ void ReadHfRope(const JsonObject& root, const std::string& path, ModelConfig& co
   config.rope_theta = root.NumberOr("rope_theta", 10000);
   const char* key = root.Find("rope_parameters") != nullptr ? "rope_parameters" : "rope_scaling";
   const nlohmann::json* json = root.Find(key);
+  CheckRotatesAll(root);
   if (json == nullptr) return;
   const std::string where = path + ": " + key;
   const JsonObject rope(*json, where);
+  CheckRotatesAll(rope);
   config.rope_theta = rope.NumberOr("rope_theta", config.rope_theta);
   const std::string type = rope.StringOr("rope_type", rope.StringOr("type", "default"));
   if (type == "default") return;
   RopeScaling scaling;
   scaling.type = type;
   scaling.factor = rope.NumberOr("factor", 0);
-  scaling.low_freq_factor = rope.NumberOr("low_freq_factor", scaling.low_freq_factor);
-  scaling.high_freq_factor = rope.NumberOr("high_freq_factor", scaling.high_freq_factor);
-  scaling.original_context =
-      rope.IntOr("original_max_position_embeddings", scaling.original_context);
+  scaling.low_freq_factor = rope.NumberOr("low_freq_factor", 0);
+  scaling.high_freq_factor = rope.NumberOr("high_freq_factor", 0);
+  // As transformers has it: the config's own key comes first, the whole context last.
+  const char* original = "original_max_position_embeddings";
+  scaling.original_context = root.IntOr(original, rope.IntOr(original, config.context_length));
   config.rope_scaling = scaling;
 }
 
@@ -89,7 +106,7 @@ ModelConfig HfConfig(const std::string& directory) {
   config.context_length = root.Int("max_position_embeddings");
   config.norm_eps = static_cast<float>(root.NumberOr("rms_norm_eps", 1e-6));
   config.tied_embeddings = root.BoolOr("tie_word_embeddings", false);
-  if (config.architecture == "mistral") config.sliding_window = root.IntOr("sliding_window", 0);
+  if (config.architecture == "mistral") config.sliding_window = SlidingWindow(root);
   if (qwen2 || qwen3) config.sliding_window = QwenSlidingWindow(root, config.layers);
   if (root.Find("head_dim") != nullptr) {
     config.head_dim = root.Int32("head_dim");

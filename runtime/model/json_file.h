@@ -22,6 +22,7 @@ class JsonObject {
   // Throws where `json` is no object. Both must outlive this.
   JsonObject(const nlohmann::json& json, const std::string& where);
 
+  bool Has(const char* key) const { return json_.contains(key); }  // also null
   // nullptr where the key is absent or null.
   const nlohmann::json* Find(const char* key) const;
   int64_t Int(const char* key) const;

@@ -73,10 +73,14 @@ void ReadGguf(const std::string& path, Outline& out) {
              "attention.sliding_window"},
             c);
   ErrorOf([&] { c.rope_theta = file.FloatOr(prefix + "rope.freq_base", c.rope_theta); });
-  const std::string scaling = string_or(prefix + "rope.scaling.type", "none");
-  if (scaling != "none") {
-    c.rope_scaling = RopeScaling{.type = scaling};
-    ErrorOf([&] { c.rope_scaling->factor = file.Float(prefix + "rope.scaling.factor"); });
+  // As GgufConfig has it.
+  const std::string scaling = string_or(prefix + "rope.scaling.type", "linear");
+  double factor = 0;
+  for (const char* key : {"rope.scale_linear", "rope.scaling.factor"}) {
+    ErrorOf([&] { factor = file.FloatOr(prefix + key, factor); });
+  }
+  if (scaling != "none" && (scaling != "linear" || factor != 0)) {
+    c.rope_scaling = RopeScaling{.type = scaling, .factor = factor};
   }
   for (const auto& [name, tensor] : file.tensors()) {
     const auto number = static_cast<uint32_t>(tensor.type);
@@ -96,7 +100,7 @@ void ReadGguf(const std::string& path, Outline& out) {
 
 void ReadHf(const std::string& directory, Outline& out) {
   const std::string path = directory + "/config.json";
-  const nlohmann::json json = ParseJsonFile(path, 16 << 20);
+  const nlohmann::json json = ParseJsonFile(path, 1 << 20);
   const JsonObject whole(json, path);
   ModelConfig& c = out.config;
   ErrorOf([&] { c.architecture = whole.StringOr("model_type", ""); });

@@ -14,6 +14,7 @@ using nlohmann::json;
 using Prefix = TokenizerData::SpaceRules::Prefix;
 
 constexpr uint64_t kMaxBytes = uint64_t{128} << 20;
+constexpr size_t kMostPatterns = 16;            // each is compiled
 constexpr const char* kSpace = "\xe2\x96\x81";  // ▁, U+2581
 
 bool IsByteToken(const std::string& text) {
@@ -153,8 +154,8 @@ std::vector<const json*> TokenizerJson::Steps(const char* key, const char* list)
   return steps;
 }
 
-// ByteLevel alone; Digits, then ByteLevel; or a Split by pattern, then ByteLevel without its own;
-// all after NFC or nothing.
+// Digits and Splits by patterns, in any order and number, or none; then ByteLevel, with its own
+// pattern or without; all after NFC or nothing.
 void TokenizerJson::ReadByteLevel() {
   const std::string normalizer_where = path_ + ": normalizer";
   for (const json* step_json : Steps("normalizer", "normalizers")) {
@@ -169,20 +170,20 @@ void TokenizerJson::ReadByteLevel() {
   for (const json* step_json : Steps(key, "pretokenizers")) {
     const JsonObject step(*step_json, where);
     const std::string type = step.StringOr("type", "");
-    if (byte_level) Unserved(key);  // ByteLevel comes last
-    if (type == "Digits" && step.BoolOr("individual_digits", false) && data_.pattern.empty()) {
-      data_.split_digits = true;
-    } else if (type == "Split" && data_.pattern.empty()) {
+    if (byte_level || data_.patterns.size() == kMostPatterns) Unserved(key);  // ByteLevel is last
+    if (type == "Digits") {
+      data_.patterns.push_back(step.BoolOr("individual_digits", false) ? R"(\p{N})" : R"(\p{N}+)");
+    } else if (type == "Split") {
       ReadSplit(step);
     } else if (type == "ByteLevel" && !step.BoolOr("add_prefix_space", false)) {
       byte_level = true;
-      if (step.BoolOr("use_regex", true) != data_.pattern.empty()) Unserved(key);
+      if (step.BoolOr("use_regex", true)) data_.patterns.push_back(TokenizerData::kGpt2Pattern);
     } else {
       Unserved(key);
     }
   }
-  if (!byte_level) Unserved(key);
-  if (data_.pattern.empty()) data_.pre_tokenizer = data_.split_digits ? "smollm" : "gpt-2";
+  // Without any pattern, a whole text would be one word.
+  if (!byte_level || data_.patterns.empty()) Unserved(key);
 }
 
 void TokenizerJson::ReadSplit(const JsonObject& step) {
@@ -192,7 +193,7 @@ void TokenizerJson::ReadSplit(const JsonObject& step) {
       step.BoolOr("invert", false)) {
     Unserved("pre_tokenizer");
   }
-  data_.pattern = (*pattern)["Regex"].get<std::string>();
+  data_.patterns.push_back((*pattern)["Regex"].get<std::string>());
 }
 
 void TokenizerJson::ReadSentencePiece(const JsonObject& model) {
@@ -257,9 +258,9 @@ void TokenizerJson::Unserved(const char* key) const {
           ? (sentence_piece ? "Prepend and Replace of spaces by \"\xe2\x96\x81\", or Metaspace as "
                               "the pre_tokenizer"
                             : "NFC or none")
-          : (sentence_piece ? "Metaspace, or none after a normalizer that replaces spaces"
-                            : "ByteLevel, Digits and ByteLevel, or an isolating Split by a regular "
-                              "expression and ByteLevel");
+          : (sentence_piece
+                 ? "Metaspace, or none after a normalizer that replaces spaces"
+                 : "ByteLevel, after Digits and isolating Splits by regular expressions");
   root_.Fail(key, fmt::format("is not served; expected {}", expected));
 }
 

@@ -18,9 +18,8 @@ class ByteLevelTokenizer final : public Tokenizer {
  public:
   explicit ByteLevelTokenizer(const TokenizerData& data)
       : data_(data),
-        words_(data_.pattern.empty()
-                   ? PreTokenizer::Make(data_.pre_tokenizer)
-                   : PreTokenizer::FromPattern(data_.pattern, data_.split_digits)),
+        words_(data_.patterns.empty() ? PreTokenizer::Patterns(data_.pre_tokenizer)
+                                      : data_.patterns),
         added_(SpecialTokens::InText(data_)),
         normalized_(SpecialTokens::InNormalized(
             data_, [this](std::string_view token) { return Normalize(token); })),
@@ -69,6 +68,9 @@ class ByteLevelTokenizer final : public Tokenizer {
     return std::min(data_.model_vocab, static_cast<int32_t>(data_.tokens.size()));
   }
   std::span<const int32_t> stop_ids() const override { return data_.stop; }
+  std::string pre_tokenizer() const override {
+    return data_.patterns.empty() ? data_.pre_tokenizer : PreTokenizer::Name(data_.patterns);
+  }
   std::string ApplyChatTemplate(std::span<const ChatMessage> messages) const override {
     return chat_.Apply(messages);
   }
@@ -114,7 +116,7 @@ class ByteLevelTokenizer final : public Tokenizer {
     while (!text.empty()) {
       const auto [good, bad] = WellFormedRun(text);
       words.clear();
-      words_->Split(text.substr(0, good), words);
+      words_.Split(text.substr(0, good), words);
       for (const std::string_view word : words) EncodeWord(word, symbols, ids);
       for (size_t i = 0; i < bad; ++i) EncodeWord(text.substr(good + i, 1), symbols, ids);
       text.remove_prefix(good + bad);
@@ -141,7 +143,7 @@ class ByteLevelTokenizer final : public Tokenizer {
 
   TokenizerData data_;
   ByteAlphabet alphabet_;
-  std::unique_ptr<PreTokenizer> words_;
+  PreTokenizer words_;
   SpecialTokens added_;       // found in the text as it stands
   SpecialTokens normalized_;  // found in it after normalisation
   ChatTemplate chat_;

@@ -6,39 +6,59 @@
 
 #include <algorithm>
 #include <array>
+#include <functional>
 
 #include "runtime/base/error.h"
 #include "runtime/base/printable.h"
+#include "runtime/tokenizer/tokenizer.h"
 
 namespace passel {
 namespace {
 
-constexpr std::string_view kGpt2 =
-    R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+)";
+constexpr std::string_view kGpt2 = TokenizerData::kGpt2Pattern;
 constexpr std::string_view kLlama3 =
     R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|)"
     R"( ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
 constexpr std::string_view kQwen2 =
     R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|)"
     R"( ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
+constexpr std::string_view kTekken =
+    R"([^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|)"
+    R"([^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|)"
+    R"(\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
 
 struct Known {
   std::string_view name;
-  std::string_view pattern;
-  bool split_digits;
-  bool ignore_merges;
+  std::array<std::string_view, 4> patterns;  // in order, "" at the end
+  bool ignores_merges = false;
 };
+// An alias follows the name that a pattern is known by.
 constexpr std::array kKnown = {
-    Known{"gpt-2", kGpt2, false, false},   Known{"default", kGpt2, false, false},
-    Known{"smollm", kGpt2, true, false},   Known{"llama-bpe", kLlama3, false, true},
-    Known{"llama3", kLlama3, false, true}, Known{"llama-v3", kLlama3, false, true},
-    Known{"qwen2", kQwen2, false, false},
+    Known{"gpt-2", {kGpt2}},
+    Known{"smollm", {R"(\p{N})", kGpt2}},
+    Known{"llama-bpe", {kLlama3}, true},
+    Known{"llama3", {kLlama3}, true},
+    Known{"llama-v3", {kLlama3}, true},
+    Known{"smaug-bpe", {kLlama3}},
+    Known{"qwen2", {kQwen2}},
+    Known{"deepseek-r1-qwen", {kQwen2}},
+    Known{"tekken", {kTekken}, true},
+    // What llama.cpp falls back to.
+    Known{"default", {R"([\p{P}\$\+<=>\^~\|]+)", kGpt2, R"(\p{N}+)", "[0-9][0-9][0-9]"}},
 };
 
 const Known* Find(std::string_view name) {
   const auto* it =
       std::find_if(kKnown.begin(), kKnown.end(), [&](const Known& k) { return k.name == name; });
   return it == kKnown.end() ? nullptr : it;
+}
+
+std::vector<std::string> PatternsOf(const Known& known) {
+  std::vector<std::string> patterns;
+  for (const std::string_view pattern : known.patterns) {
+    if (!pattern.empty()) patterns.emplace_back(pattern);
+  }
+  return patterns;
 }
 
 // Unicode's White_Space, which the patterns' authors mean by \s. PCRE2's own \s adds U+180E.
@@ -120,46 +140,48 @@ struct PreTokenizer::Regex {
   pcre2_code* code;
 };
 
-PreTokenizer::PreTokenizer(const std::string& pattern, bool split_digits)
-    : digits_(split_digits ? std::make_unique<Regex>(R"(\p{N})") : nullptr),
-      words_(std::make_unique<Regex>(pattern)) {}
+PreTokenizer::PreTokenizer(const std::vector<std::string>& patterns) {
+  for (const std::string& pattern : patterns) steps_.push_back(std::make_unique<Regex>(pattern));
+}
 
 PreTokenizer::~PreTokenizer() = default;
 
-std::unique_ptr<PreTokenizer> PreTokenizer::Make(const std::string& name) {
+std::vector<std::string> PreTokenizer::Patterns(const std::string& name) {
   const Known* known = Find(name);
   if (known == nullptr) {
     throw Error(ErrorClass::kModel,
                 fmt::format("tokenizer: pre-tokeniser \"{}\" is not served; expected gpt-2, "
-                            "smollm, llama-bpe or qwen2",
+                            "smollm, llama-bpe, qwen2, tekken or default",
                             Printable(name)));
   }
-  return FromPattern(std::string(known->pattern), known->split_digits);
+  return PatternsOf(*known);
 }
 
-std::unique_ptr<PreTokenizer> PreTokenizer::FromPattern(const std::string& pattern,
-                                                        bool split_digits) {
-  return std::unique_ptr<PreTokenizer>(new PreTokenizer(pattern, split_digits));
+std::string PreTokenizer::Name(const std::vector<std::string>& patterns) {
+  const auto* it = std::find_if(kKnown.begin(), kKnown.end(),
+                                [&](const Known& k) { return PatternsOf(k) == patterns; });
+  return it == kKnown.end() ? "own" : std::string(it->name);
 }
 
 void PreTokenizer::Split(std::string_view text, std::vector<std::string_view>& words) const {
   const std::unique_ptr<pcre2_match_data, decltype(&pcre2_match_data_free)> match(
       pcre2_match_data_create(1, nullptr), &pcre2_match_data_free);
   if (match == nullptr) throw Error(ErrorClass::kMemory, "tokenizer: no memory to match text");
-  const auto split_words = [&](std::string_view piece) {
-    words_->Split(piece, match.get(), [&](std::string_view word) { words.push_back(word); });
+  // The pieces are texts of their own: look-ahead does not see past their end.
+  const std::function<void(size_t, std::string_view)> split = [&](size_t step,
+                                                                  std::string_view piece) {
+    if (step == steps_.size()) {
+      words.push_back(piece);
+    } else {
+      steps_[step]->Split(piece, match.get(), [&](std::string_view p) { split(step + 1, p); });
+    }
   };
-  // Look-ahead does not see past a digit: the pieces are texts of their own.
-  if (digits_ == nullptr) {
-    split_words(text);
-  } else {
-    digits_->Split(text, match.get(), split_words);
-  }
+  split(0, text);
 }
 
 bool IgnoresMerges(const std::string& pre_tokenizer) {
   const Known* known = Find(pre_tokenizer);
-  return known != nullptr && known->ignore_merges;
+  return known != nullptr && known->ignores_merges;
 }
 
 }  // namespace passel

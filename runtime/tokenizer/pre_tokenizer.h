@@ -11,23 +11,23 @@ namespace passel {
 // Thread-safe.
 class PreTokenizer {
  public:
-  // `name` as GGUF has it: "gpt-2", "smollm", "llama-bpe", "qwen2" and their aliases. Throws
-  // Error{kModel}. Qwen2's NFC normalisation is not part of it: see TokenizerData::nfc.
-  static std::unique_ptr<PreTokenizer> Make(const std::string& name);
-  // The same from a regular expression of tokenizer.json, pieces isolated, after an optional split
-  // of numeric characters one by one. Throws Error{kModel}.
-  static std::unique_ptr<PreTokenizer> FromPattern(const std::string& pattern, bool split_digits);
+  // Regular expressions, each isolating its matches within the pieces that the one before makes.
+  // Throws Error{kModel}.
+  explicit PreTokenizer(const std::vector<std::string>& patterns);
   ~PreTokenizer();
+
+  // The patterns of a name that GGUF has: "gpt-2", "smollm", "llama-bpe", "qwen2" and others.
+  // Throws Error{kModel}. Qwen2's NFC normalisation is not part of them: see TokenizerData::nfc.
+  static std::vector<std::string> Patterns(const std::string& name);
+  // Their name, "own" for others.
+  static std::string Name(const std::vector<std::string>& patterns);
 
   // `text`: well-formed UTF-8; appends views of it that cover it without gaps.
   void Split(std::string_view text, std::vector<std::string_view>& words) const;
 
  private:
   struct Regex;
-  PreTokenizer(const std::string& pattern, bool split_digits);
-
-  std::unique_ptr<Regex> digits_;  // null: digits are not split
-  std::unique_ptr<Regex> words_;
+  std::vector<std::unique_ptr<Regex>> steps_;
 };
 
 // Whether a model with that pre-tokeniser takes a word that is a token as it stands, without

@@ -53,7 +53,7 @@ class SentencePieceTokenizer final : public Tokenizer {
         normalized_(SpecialTokens::InNormalized(data_,
                                                 [this](std::string_view token) {
                                                   return data_.spaces.normalizes
-                                                             ? Normalize(token, true, true)
+                                                             ? Normalize(token, true)
                                                              : std::string(token);
                                                 })),
         chat_(data_) {
@@ -80,25 +80,21 @@ class SentencePieceTokenizer final : public Tokenizer {
   std::vector<int32_t> Encode(std::string_view text, bool allow_special) const override {
     std::vector<int32_t> ids;
     if (data_.add_bos && data_.bos >= 0) ids.push_back(data_.bos);
-    bool after_special = true;
     for (const SpecialTokens::Match& outer : added_.Split(text, allow_special)) {
       if (outer.id >= 0) {
         ids.push_back(outer.id);
-        after_special = data_.types[static_cast<size_t>(outer.id)] != Type::kAdded;
         continue;
       }
       const bool first = outer.at == 0;
       std::string piece(text.substr(outer.at, outer.size));
-      if (data_.spaces.normalizes) piece = Normalize(piece, first, after_special);
+      if (data_.spaces.normalizes) piece = Normalize(piece, first);
       for (const SpecialTokens::Match& inner : normalized_.Split(piece, allow_special)) {
         if (inner.id >= 0) {
           ids.push_back(inner.id);
           continue;
         }
         std::string words = piece.substr(inner.at, inner.size);
-        if (!data_.spaces.normalizes) {
-          words = Normalize(words, first && inner.at == 0, after_special);
-        }
+        if (!data_.spaces.normalizes) words = Normalize(words, first && inner.at == 0);
         EncodeWords(words, ids);
       }
     }
@@ -117,6 +113,7 @@ class SentencePieceTokenizer final : public Tokenizer {
     return std::min(data_.model_vocab, static_cast<int32_t>(data_.tokens.size()));
   }
   std::span<const int32_t> stop_ids() const override { return data_.stop; }
+  std::string pre_tokenizer() const override { return ""; }
   std::string ApplyChatTemplate(std::span<const ChatMessage> messages) const override {
     return chat_.Apply(messages);
   }
@@ -198,11 +195,10 @@ class SentencePieceTokenizer final : public Tokenizer {
     }
   }
 
-  std::string Normalize(std::string_view text, bool first, bool after_special) const {
+  std::string Normalize(std::string_view text, bool first) const {
     const TokenizerData::SpaceRules& rules = data_.spaces;
-    const bool prefix = rules.prefix == Prefix::kAlways ||
-                        (rules.prefix == Prefix::kFirst && first) ||
-                        (rules.prefix == Prefix::kAfterSpecial && after_special);
+    const bool prefix =
+        rules.prefix == Prefix::kAlways || (rules.prefix == Prefix::kFirst && first);
     const bool there = text.starts_with(' ') || text.starts_with(kSpace);
     std::string out(prefix && !(rules.unless_there && there) ? kSpace : "");
     ReplaceAll(text, " ", kSpace, out);

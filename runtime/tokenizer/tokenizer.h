@@ -20,8 +20,7 @@ struct TokenizerData {
   struct SpaceRules {
     enum class Prefix {
       kNever,
-      kFirst,         // of the text's very beginning
-      kAfterSpecial,  // of that, and after special tokens
+      kFirst,  // of the text's very beginning
       kAlways,
     };
     Prefix prefix = Prefix::kNever;
@@ -30,12 +29,12 @@ struct TokenizerData {
     bool normalizes = false;    // done before normalised added tokens are looked for, not after
   };
   Kind kind = Kind::kByteLevelBpe;
-  std::string pre_tokenizer;  // "smollm", "llama-bpe", "gpt-2", "qwen2", …
-  // A tokenizer.json's own pattern (empty: the one that pre_tokenizer names); with it, whether
-  // numeric characters are split one by one first, and whether a word that is a token is taken
-  // without merging.
-  std::string pattern;
-  bool split_digits = false;
+  std::string pre_tokenizer;  // byte-level: "smollm", "llama-bpe", "gpt-2", "qwen2", …
+  // A tokenizer.json's own patterns, each for the pieces that the one before makes (none: those
+  // that pre_tokenizer names); with them, whether a word that is a token is taken without merging.
+  std::vector<std::string> patterns;
+  static constexpr const char* kGpt2Pattern =
+      R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+)";
   bool ignore_merges = false;
   bool fuse_unknown = true;  // SentencePiece: unknown characters in a row are one token
   std::vector<std::string> tokens;
@@ -80,6 +79,9 @@ class Tokenizer {
   // Ids below are tokens that the model can embed.
   virtual int32_t vocab_size() const = 0;
   virtual std::span<const int32_t> stop_ids() const = 0;
+  // The name of the patterns that cut text into words: "gpt-2", "llama-bpe", …; "own" for those of
+  // a tokenizer.json that have no name, "" where text is not cut (SentencePiece).
+  virtual std::string pre_tokenizer() const = 0;
   // The text that the chat template makes of messages, with the assistant's turn opened. Throws
   // Error{kUsage} where the template is unknown or a role is not served.
   virtual std::string ApplyChatTemplate(std::span<const ChatMessage> messages) const = 0;

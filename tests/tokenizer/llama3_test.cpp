@@ -134,7 +134,8 @@ TEST_F(Llama3Tokenizer, IdsAreTheReferences) {
   }
   EXPECT_GE(alone, 125000);  // the others are parts of characters, or several words of the pattern
   // As GGUF files have it: the pattern by its name.
-  data_.pattern.clear();
+  EXPECT_EQ(tokenizer->pre_tokenizer(), "llama-bpe");
+  data_.patterns.clear();
   data_.ignore_merges = false;
   data_.pre_tokenizer = "llama-bpe";
   ExpectTheReferencesIds(*Tokenizer::Make(data_));

@@ -15,7 +15,7 @@ using Type = TokenizerData::TokenType;
 
 std::vector<std::string> Words(const std::string& pre_tokenizer, std::string_view text) {
   std::vector<std::string_view> views;
-  PreTokenizer::Make(pre_tokenizer)->Split(text, views);
+  PreTokenizer(PreTokenizer::Patterns(pre_tokenizer)).Split(text, views);
   return {views.begin(), views.end()};
 }
 
@@ -41,13 +41,13 @@ TEST(PreTokenizer, CutsAsTheNamedModelsDo) {
 }
 
 TEST(PreTokenizer, RefusesUnknownNamesAndBadPatterns) {
-  EXPECT_THROW(PreTokenizer::Make("no-such"), Error);
-  EXPECT_THROW(PreTokenizer::FromPattern("(", false), Error);
+  EXPECT_THROW(PreTokenizer::Patterns("no-such"), Error);
+  EXPECT_THROW(PreTokenizer({"("}), Error);
 }
 
 TEST(PreTokenizer, KeepsWhatAPatternLeavesOut) {
   std::vector<std::string_view> words;
-  PreTokenizer::FromPattern("[a-z]+|x*", false)->Split("12ab34", words);
+  PreTokenizer({"[a-z]+|x*"}).Split("12ab34", words);
   EXPECT_EQ(words, (std::vector<std::string_view>{"12", "ab", "34"}));
 }
 
