@@ -1,6 +1,7 @@
 #include "runtime/tokenizer/special_tokens.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "runtime/base/utf8.h"
 #include "runtime/tokenizer/unicode.h"
@@ -52,27 +53,35 @@ SpecialTokens SpecialTokens::InNormalized(const TokenizerData& data, const Norma
   return SpecialTokens(Entries(data, true, normalize));
 }
 
-SpecialTokens::SpecialTokens(const std::vector<Entry>& entries) {
-  for (const Entry& entry : entries) {
-    if (!entry.text.empty()) by_first_byte_[static_cast<uint8_t>(entry.text[0])].push_back(entry);
-  }
-  for (std::vector<Entry>& same : by_first_byte_) {
-    std::stable_sort(same.begin(), same.end(),
-                     [](const Entry& a, const Entry& b) { return a.text.size() > b.text.size(); });
-  }
+SpecialTokens::SpecialTokens(std::vector<Entry> entries) : entries_(std::move(entries)) {
+  std::erase_if(entries_, [](const Entry& e) { return e.text.empty(); });
+  std::stable_sort(entries_.begin(), entries_.end(),
+                   [](const Entry& a, const Entry& b) { return a.text < b.text; });
+  const auto last = std::unique(entries_.begin(), entries_.end(),
+                                [](const Entry& a, const Entry& b) { return a.text == b.text; });
+  entries_.erase(last, entries_.end());
 }
 
 const SpecialTokens::Entry* SpecialTokens::At(std::string_view text) const {
-  for (const Entry& entry : by_first_byte_[static_cast<uint8_t>(text[0])]) {
-    if (text.starts_with(entry.text)) return &entry;
+  const Entry* longest = nullptr;
+  auto first = entries_.begin(), last = entries_.end();  // those that begin as the text does
+  for (size_t depth = 0; first != last; ++depth) {
+    if (first->text.size() == depth) longest = &*first++;
+    if (depth == text.size()) break;
+    const auto byte = [depth](std::string_view t) { return static_cast<uint8_t>(t[depth]); };
+    first = std::partition_point(first, last,
+                                 [&](const Entry& e) { return byte(e.text) < byte(text); });
+    last = std::partition_point(first, last,
+                                [&](const Entry& e) { return byte(e.text) == byte(text); });
   }
-  return nullptr;
+  return longest;
 }
 
 std::vector<SpecialTokens::Match> SpecialTokens::Split(std::string_view text,
                                                        bool allow_special) const {
   std::vector<Match> matches;
-  size_t done = 0;  // where the last token's stretch ends
+  size_t done = 0;        // where the last token's stretch ends
+  size_t spaces_end = 0;  // and the white space that was last looked for
   for (size_t at = 0; at < text.size();) {
     const Entry* entry = At(text.substr(at));
     if (entry == nullptr) {
@@ -91,10 +100,14 @@ std::vector<SpecialTokens::Match> SpecialTokens::Split(std::string_view text,
       if (!IsSpace(step)) break;
       begin -= step.size;
     }
-    while (entry->added.rstrip && end < text.size()) {
-      const Utf8Step step = NextUtf8(text.substr(end));
-      if (!IsSpace(step)) break;
-      end += step.size;
+    if (entry->added.rstrip) {
+      // Within white space that a token before has taken in, its end is known.
+      for (spaces_end = std::max(spaces_end, end); spaces_end < text.size();) {
+        const Utf8Step step = NextUtf8(text.substr(spaces_end));
+        if (!IsSpace(step)) break;
+        spaces_end += step.size;
+      }
+      end = spaces_end;
     }
     if (begin > done) matches.push_back({done, begin - done, -1});
     matches.push_back({begin, end - begin, entry->id});

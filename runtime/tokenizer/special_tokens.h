@@ -1,6 +1,5 @@
 #pragma once
 
-#include <array>
 #include <cstdint>
 #include <functional>
 #include <string>
@@ -21,7 +20,8 @@ class SpecialTokens {
     bool special;
     TokenizerData::Added added = {};
   };
-  explicit SpecialTokens(const std::vector<Entry>& entries);
+  // Of entries with one text the first counts.
+  explicit SpecialTokens(std::vector<Entry> entries);
 
   using Normalize = std::function<std::string(std::string_view)>;
   // A model's special and added tokens that are found in the text as it stands, and those that are
@@ -36,13 +36,15 @@ class SpecialTokens {
   };
   // The stretches of `text` in order; without overlap, but where a token begins in the space that
   // the one before took in, as Hugging Face's tokenizers have it. Special tokens count only where
-  // `allow_special`; the text of one that does not count is not searched for others.
+  // `allow_special`; the text of one that does not count is not searched for others. Linear in the
+  // text's length.
   std::vector<Match> Split(std::string_view text, bool allow_special) const;
 
  private:
-  const Entry* At(std::string_view text) const;  // the longest that `text` begins with, or null
+  // The longest that `text` begins with, or null; O(its length · log of the number of tokens).
+  const Entry* At(std::string_view text) const;
 
-  std::array<std::vector<Entry>, 256> by_first_byte_;  // longest first
+  std::vector<Entry> entries_;  // by text, each once
 };
 
 }  // namespace passel

@@ -5,10 +5,12 @@
 #include <gtest/gtest.h>
 
 #include <cstdlib>
+#include <ctime>
 #include <fstream>
 #include <nlohmann/json.hpp>
 
 #include "runtime/model/hf_model.h"
+#include "runtime/tokenizer/special_tokens.h"
 #include "runtime/tokenizer/tokenizer.h"
 #include "tests/model/gguf_writer.h"
 #include "tests/tokenizer/test_vocabulary.h"
@@ -62,6 +64,32 @@ TEST(AddedTokens, InIllFormedText) {
   EXPECT_EQ(tokenizer->Encode("\xc3[W]\xff", true), (Ids{0xc3, word, 0xff}));
   EXPECT_EQ(tokenizer->Encode("\xc3\xa9[W]", true), (Ids{0xc3, 0xa9, '[', 'W', ']'}));
   EXPECT_EQ(tokenizer->Encode("\x80\xa0 [L] \xe3\x80", true), (Ids{0x80, 0xa0, left, 0xe3, 0x80}));
+}
+
+// Seconds of the processor that it takes to find the tokens in a text.
+double Seconds(const TokenizerData& data, const std::string& text, size_t tokens) {
+  const SpecialTokens special = SpecialTokens::InText(data);
+  const std::clock_t start = std::clock();
+  const std::vector<SpecialTokens::Match> matches = special.Split(text, true);
+  const double seconds = static_cast<double>(std::clock() - start) / CLOCKS_PER_SEC;
+  EXPECT_EQ(matches.size(), tokens);
+  return seconds;
+}
+
+// Some tenths of a second; minutes where each place was compared with each token, hours where each
+// token looked for the end of the white space anew.
+TEST(AddedTokens, AreFoundInTimeLinearInTheText) {
+  constexpr size_t kSize = 1'000'000;
+  TokenizerData many = ByteVocabulary({});
+  for (int i = 0; i < 50'000; ++i) {
+    AddToken(many, "<<" + std::to_string(i) + ">", TokenizerData::TokenType::kSpecial);
+  }
+  EXPECT_LT(Seconds(many, std::string(kSize, '<'), 1), 20);
+  TokenizerData spaces = ByteVocabulary({});
+  const int32_t tab = AddToken(spaces, "\t", TokenizerData::TokenType::kAdded);
+  spaces.added[tab] = {.lstrip = true, .rstrip = true};
+  EXPECT_LT(Seconds(spaces, std::string(kSize, '\t'), kSize), 20);
+  EXPECT_LT(Seconds(spaces, std::string(kSize, ' ') + "\t" + std::string(kSize, ' '), 1), 20);
 }
 
 }  // namespace
