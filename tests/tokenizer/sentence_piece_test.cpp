@@ -1,20 +1,22 @@
 // SentencePiece's BPE against the references that tests/fixtures/README.md describes, from a
-// tokenizer.json of both kinds and from a GGUF file's scores. $PASSEL_SENTENCEPIECE_FIXTURE names
-// another directory that the script wrote, of a real model's vocabulary.
+// tokenizer.json of both kinds and from a GGUF file's scores: of a small vocabulary that is here,
+// and of Mistral 7B's.
 
 #include <gtest/gtest.h>
 
-#include <cstdlib>
 #include <fstream>
 #include <functional>
 #include <nlohmann/json.hpp>
+#include <set>
 
 #include "runtime/base/error.h"
+#include "runtime/base/random.h"
 #include "runtime/model/gguf_model.h"
 #include "runtime/model/hf_model.h"
 #include "runtime/model/mapped_model.h"
 #include "runtime/tokenizer/tokenizer.h"
 #include "tests/model/gguf_writer.h"
+#include "tests/tokenizer/sentence_piece_model.h"
 
 namespace passel {
 namespace {
@@ -22,23 +24,15 @@ namespace {
 using nlohmann::json;
 using Ids = std::vector<int32_t>;
 
-std::string Directory() {
-  const char* other = std::getenv("PASSEL_SENTENCEPIECE_FIXTURE");
-  return other != nullptr ? other : PASSEL_SOURCE_DIR "/tests/fixtures/sentencepiece";
-}
-
-json Parsed(const std::string& name) {
-  std::ifstream file(Directory() + "/" + name);
-  return json::parse(file);
-}
+constexpr const char* kFixtures = PASSEL_SOURCE_DIR "/tests/fixtures/";
 
 struct Line {
   std::string text;
   Ids old_style, new_style, plain, pieces;
 };
 
-std::vector<Line> Lines() {
-  std::ifstream file(Directory() + "/tokens.jsonl");
+std::vector<Line> Lines(const std::string& path) {
+  std::ifstream file(path);
   std::vector<Line> lines;
   for (std::string text; std::getline(file, text);) {
     const json entry = json::parse(text);
@@ -51,38 +45,54 @@ std::vector<Line> Lines() {
   return lines;
 }
 
-std::unique_ptr<Tokenizer> FromJson(const std::function<void(json&)>& edit = {}) {
-  json tokenizer = Parsed("tokenizer.json");
+json Parsed(const std::string& name) {
+  std::ifstream file(kFixtures + name);
+  return json::parse(file);
+}
+
+std::vector<SentencePiece> SmallPieces() {
+  std::vector<SentencePiece> pieces;
+  for (const json& piece : Parsed("sentencepiece/pieces.json")) {
+    pieces.push_back({piece[0], piece[1], piece[2]});
+  }
+  return pieces;
+}
+
+std::unique_ptr<Tokenizer> FromJson(json tokenizer, const std::function<void(json&)>& edit = {}) {
   if (edit) edit(tokenizer);
   const TempPath directory;
   std::filesystem::create_directory(directory.str());
   std::ofstream(directory.str() + "/tokenizer.json") << tokenizer.dump();
   return Tokenizer::Make(model::HfTokenizer(directory.str(), 1 << 20));
 }
+std::unique_ptr<Tokenizer> FromJson(const std::function<void(json&)>& edit = {}) {
+  return FromJson(Parsed("sentencepiece/tokenizer.json"), edit);
+}
 
-std::unique_ptr<Tokenizer> FromGguf(const std::function<void(TokenizerData&)>& edit = {}) {
+std::unique_ptr<Tokenizer> FromGguf(const std::vector<SentencePiece>& pieces,
+                                    const std::function<void(TokenizerData&)>& edit = {}) {
   GgufWriter writer;
   std::vector<std::string> tokens;
   std::vector<int32_t> types;
   std::vector<float> scores;
-  for (const json& piece : Parsed("pieces.json")) {
-    tokens.push_back(piece[0]);
-    scores.push_back(piece[1]);
-    types.push_back(piece[2]);
+  for (const SentencePiece& piece : pieces) {
+    tokens.push_back(piece.text);
+    scores.push_back(piece.score);
+    types.push_back(piece.type);
   }
   writer.String("tokenizer.ggml.model", "llama");
   writer.Strings("tokenizer.ggml.tokens", tokens);
   writer.Ints("tokenizer.ggml.token_type", types);
   writer.Floats("tokenizer.ggml.scores", scores);
-  writer.Uint32("tokenizer.ggml.bos_token_id", 1);
-  writer.Uint32("tokenizer.ggml.eos_token_id", 2);
-  writer.Uint32("tokenizer.ggml.unknown_token_id", 0);
   const TempPath path(".gguf", writer.Encode());
   TokenizerData data = model::GgufTokenizer(model::GgufFile(path.str()));
   EXPECT_TRUE(data.add_bos);  // what the format leaves unsaid
   data.add_bos = false;
   if (edit) edit(data);
   return Tokenizer::Make(data);
+}
+std::unique_ptr<Tokenizer> FromGguf(const std::function<void(TokenizerData&)>& edit = {}) {
+  return FromGguf(SmallPieces(), edit);
 }
 
 void Metaspace(json& tokenizer) {
@@ -93,26 +103,48 @@ void Metaspace(json& tokenizer) {
                                 {"split", false}};
 }
 
-TEST(SentencePiece, IdsAreTheReferencesWithANormaliser) {
-  const auto tokenizer = FromJson();
-  const std::vector<Line> lines = Lines();
-  ASSERT_GE(lines.size(), 2000u);
-  for (const Line& line : lines) {
+// The parameter: whether it is Mistral's vocabulary.
+class SentencePieceIds : public testing::TestWithParam<bool> {
+ protected:
+  void SetUp() override {
+    if (!GetParam()) {
+      pieces_ = SmallPieces();
+      tokenizer_ = Parsed("sentencepiece/tokenizer.json");
+      lines_ = Lines(std::string(kFixtures) + "sentencepiece/tokens.jsonl");
+    } else {
+      pieces_ = ReadSentencePieces(PASSEL_SOURCE_DIR "/.deps/models/Mistral-7B.tokenizer.model");
+      if (pieces_.empty())
+        GTEST_SKIP() << "Mistral's vocabulary is not here; tools/setup.sh fetches it";
+      ASSERT_EQ(pieces_.size(), 32000u);
+      tokenizer_ = SentencePieceJson(pieces_);
+      lines_ = Lines(std::string(kFixtures) + "mistral_tokens.jsonl");
+    }
+    ASSERT_GE(lines_.size(), 2000u);
+  }
+
+  std::vector<SentencePiece> pieces_;
+  json tokenizer_;
+  std::vector<Line> lines_;
+};
+
+TEST_P(SentencePieceIds, AreTheReferencesWithANormaliser) {
+  const auto tokenizer = FromJson(tokenizer_);
+  for (const Line& line : lines_) {
     EXPECT_EQ(tokenizer->Encode(line.text, true), line.old_style) << json(line.text);
     EXPECT_EQ(tokenizer->Encode(line.text, false), line.plain) << json(line.text);
   }
 }
 
-TEST(SentencePiece, IdsAreTheReferencesWithMetaspace) {
-  const auto tokenizer = FromJson(Metaspace);
-  for (const Line& line : Lines()) {
+TEST_P(SentencePieceIds, AreTheReferencesWithMetaspace) {
+  const auto tokenizer = FromJson(tokenizer_, Metaspace);
+  for (const Line& line : lines_) {
     EXPECT_EQ(tokenizer->Encode(line.text, true), line.new_style) << json(line.text);
   }
 }
 
-TEST(SentencePiece, IdsAreTheReferencesFromScores) {
-  const auto tokenizer = FromGguf();
-  for (const Line& line : Lines()) {
+TEST_P(SentencePieceIds, AreTheReferencesFromScores) {
+  const auto tokenizer = FromGguf(pieces_);
+  for (const Line& line : lines_) {
     const Ids ids = tokenizer->Encode(line.text, false);
     EXPECT_EQ(ids, line.pieces) << json(line.text);
     std::string back, expected(line.text.empty() ? 0 : 1, ' ');
@@ -125,6 +157,9 @@ TEST(SentencePiece, IdsAreTheReferencesFromScores) {
     EXPECT_EQ(back, expected);
   }
 }
+
+INSTANTIATE_TEST_SUITE_P(, SentencePieceIds, testing::Bool(),
+                         [](const auto& p) { return std::string(p.param ? "Mistral" : "Small"); });
 
 TEST(SentencePiece, ByteFallbackAndInvalidUtf8) {
   const auto tokenizer = FromGguf();
@@ -162,6 +197,29 @@ TEST(SentencePiece, SplitWordsEndTokensAtSpaces) {
   const Ids one = whole->Encode("a        b", true), many = split->Encode("a        b", true);
   EXPECT_LT(one.size(), many.size());
   EXPECT_EQ(many.size(), 9u);  // ▁a, seven ▁, ▁b
+}
+
+// All stretches of a text: some MB of tokens, most of which two others make in hundreds of ways.
+TEST(SentencePiece, RefusesTokensThatSplitInTooManyWays) {
+  Random random(5);
+  std::string text;
+  for (int i = 0; i < 320; ++i) text.push_back(static_cast<char>('a' + random.Next() % 26));
+  std::set<std::string> stretches;
+  for (size_t size = 1; size <= text.size(); ++size) {
+    for (size_t at = 0; at + size <= text.size(); ++at) stretches.insert(text.substr(at, size));
+  }
+  TokenizerData data;
+  data.kind = TokenizerData::Kind::kSentencePieceBpe;
+  data.tokens.assign(stretches.begin(), stretches.end());
+  data.types.assign(data.tokens.size(), TokenizerData::TokenType::kNormal);
+  data.scores.assign(data.tokens.size(), 0);
+  try {
+    Tokenizer::Make(data);
+    FAIL() << "expected an error";
+  } catch (const Error& e) {
+    EXPECT_NE(std::string(e.what()).find("in more than 4194304 ways"), std::string::npos)
+        << e.what();
+  }
 }
 
 TEST(SentencePiece, RefusesWhatItWouldEncodeOtherwise) {
