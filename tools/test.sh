@@ -71,7 +71,7 @@ if wants fuzz; then
     return 255  # xargs stops
   }
   export -f fuzz
-  printf '%s\n' gguf safetensors config_json tokenizer_json |
+  printf '%s\n' gguf split_gguf safetensors config_json tokenizer_json hf_model |
     xargs -P "$jobs" -I{} bash -c 'fuzz {}'
 fi
 

@@ -24,7 +24,7 @@ using Type = TokenizerData::TokenType;
 constexpr std::string_view kSpace = "\xe2\x96\x81";  // ▁, U+2581
 // Every split of a scored token is looked up: a bound on what a hostile file can ask for.
 constexpr size_t kLongestScored = 512;
-constexpr size_t kMostScored = size_t{1} << 22;  // some ten times Gemma's
+constexpr size_t kMostScored = size_t{1} << 21;  // several times Gemma's
 
 void ReplaceAll(std::string_view text, std::string_view from, std::string_view to,
                 std::string& out) {

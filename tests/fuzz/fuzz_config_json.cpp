@@ -1,7 +1,5 @@
 // A config.json, in a directory of its own: a link to the input.
 
-#include <filesystem>
-
 #include "runtime/model/hf_model.h"
 #include "runtime/model/mapped_model.h"
 #include "tests/fuzz/fuzz_file.h"
@@ -9,12 +7,8 @@
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   using namespace passel;
-  static const TempPath directory;
-  std::filesystem::create_directory(directory.str());
-  const std::string link = directory.str() + "/config.json";
-  const FuzzFile input(data, size);
-  std::filesystem::remove(link);
-  std::filesystem::create_symlink(input.path(), link);
-  Survives([&] { model::RopeInverseFrequencies(model::HfConfig(directory.str())); });
+  static const TempPath path;
+  const FuzzDirectory directory(path.str(), {"config.json"}, {{data, size}});
+  Survives([&] { model::RopeInverseFrequencies(model::HfConfig(path.str())); });
   return 0;
 }

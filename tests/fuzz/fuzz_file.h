@@ -3,9 +3,15 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
+#include <filesystem>
+#include <memory>
+#include <span>
 #include <string>
+#include <vector>
 
 #include "runtime/base/error.h"
 
@@ -30,6 +36,42 @@ class FuzzFile {
 
  private:
   int fd_;
+};
+
+// The parts of an input, one for each file of a model: four bytes of length and so many bytes, as
+// far as there are any.
+inline std::vector<std::span<const uint8_t>> FuzzParts(const uint8_t* data, size_t size,
+                                                       size_t count) {
+  std::vector<std::span<const uint8_t>> parts(count);
+  std::span<const uint8_t> rest(data, size);
+  for (std::span<const uint8_t>& part : parts) {
+    uint32_t length = 0;
+    if (rest.size() < sizeof(length)) break;
+    std::memcpy(&length, rest.data(), sizeof(length));
+    rest = rest.subspan(sizeof(length));
+    part = rest.first(std::min<size_t>(length, rest.size()));
+    rest = rest.subspan(part.size());
+  }
+  return parts;
+}
+
+// A directory of links to parts of an input, by the names of files; an empty part is no file.
+class FuzzDirectory {
+ public:
+  FuzzDirectory(const std::string& path, const std::vector<std::string>& names,
+                const std::vector<std::span<const uint8_t>>& parts) {
+    std::filesystem::create_directory(path);
+    for (size_t i = 0; i < names.size(); ++i) {
+      const std::string link = path + "/" + names[i];
+      std::filesystem::remove(link);
+      if (parts[i].empty()) continue;
+      files_.push_back(std::make_unique<FuzzFile>(parts[i].data(), parts[i].size()));
+      std::filesystem::create_symlink(files_.back()->path(), link);
+    }
+  }
+
+ private:
+  std::vector<std::unique_ptr<FuzzFile>> files_;
 };
 
 // A short text for a tokenizer: what the tokens of the corpus are found in, then the input's end.
