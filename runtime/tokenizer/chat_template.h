@@ -37,6 +37,8 @@ class ChatTemplate {
 
   void Recognise(std::string_view jinja);
   bool RecogniseChatMl(std::string_view jinja, std::string_view text);
+  void WriteChatMl();
+  bool RecogniseQwen3(std::string_view text);
   bool RecogniseLlama3(std::string_view text);
   bool RecogniseZephyr(std::string_view jinja, std::string_view text);
   bool RecogniseLlama2(std::string_view text);
@@ -57,6 +59,7 @@ class ChatTemplate {
   Turn system_turn_, user_turn_, assistant_turn_;
   System system_ = System::kRefused;  // Mistral
   std::string generation_;            // opens the assistant's turn
+  bool drops_reasoning_ = false;      // of the assistant's messages
   bool assistant_last_ = true;        // whether that may follow an assistant's message
   std::string default_system_;        // the system message where the first is none; may be empty
   std::string dates_;                 // Llama 3.1: the lines every first system message begins with

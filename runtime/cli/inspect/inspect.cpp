@@ -7,6 +7,7 @@
 #include "runtime/base/error.h"
 #include "runtime/base/printable.h"
 #include "runtime/model/outline.h"
+#include "runtime/tokenizer/pre_tokenizer.h"
 #include "runtime/tokenizer/tokenizer.h"
 
 namespace passel {
@@ -113,12 +114,17 @@ std::string Quoted(const Tokenizer& tokenizer, int32_t id) {
   return fmt::format("{} \"{}\"", id, tokenizer.TokenBytes(id, true));
 }
 
-// The pre-tokeniser, by its name or, where a file brings its own, by its pattern.
+// The pre-tokeniser, by its name or, where a file brings patterns without one, by those.
 std::string PreTokenizerName(const TokenizerData& data) {
   if (data.kind == TokenizerData::Kind::kSentencePieceBpe) return "none: text is merged as one";
-  if (data.pattern.empty()) return data.pre_tokenizer;
-  return fmt::format("{}\"{}\"", data.split_digits ? "digits one by one, then " : "",
-                     Printable(data.pattern, 200));
+  if (data.patterns.empty()) return data.pre_tokenizer;
+  const std::string name = PreTokenizer::Name(data.patterns);
+  if (name != "own") return name;
+  std::string text;
+  for (const std::string& pattern : data.patterns) {
+    text += fmt::format("{}\"{}\"", text.empty() ? "" : ", then ", Printable(pattern, 200));
+  }
+  return text;
 }
 
 // Returns why there is no tokenizer, or "".
