@@ -8,6 +8,7 @@
 #include <sstream>
 
 #include "runtime/base/error.h"
+#include "runtime/base/random.h"
 #include "tests/model/tiny_model.h"
 
 namespace passel {
@@ -228,6 +229,41 @@ TEST(Inspect, ReportsAConfigAlone) {
   ExpectLine(report, "KV per token        64 bytes as bf16");
   ExpectLine(report, "tokenizer           NOT SERVED: tokenizer: the model has no tokenizer", "");
   ExpectLine(report, "model               NOT SERVED: ", "No such file or directory");
+}
+
+// Less is demanded of the files than ModelFile demands: nothing may be taken on trust for that.
+TEST(Inspect, DamagedFilesGiveAReportOrAnError) {
+  const TempPath directory;
+  std::filesystem::create_directory(directory.str());
+  std::ofstream(directory.str() + "/model.safetensors", std::ios::binary)
+      << Bytes().Text(TinyModel::SafetensorsHeader().dump()).str() + TinyModel::SafetensorsData();
+  const TempPath gguf(".gguf");
+  const std::pair<std::string, std::string> files[] = {
+      {gguf.str(), TinyModel::Gguf(false).Encode()},
+      {directory.str() + "/config.json", TinyModel::QwenConfig("qwen2").dump()},
+      {directory.str() + "/tokenizer.json", TinyModel::Tokenizer().dump()}};
+  Random random(12);
+  int reports = 0, errors = 0;
+  for (const auto& [name, whole] : files) {
+    for (int trial = 0; trial < 500; ++trial) {
+      std::string bytes = whole;
+      for (int i = 0; i <= trial % 3; ++i) {
+        bytes[random.Next() % bytes.size()] = static_cast<char>(random.Next());
+      }
+      std::ofstream(name, std::ios::binary) << bytes;
+      try {
+        const int code = Inspect(name == gguf.str() ? name : directory.str()).code;
+        EXPECT_TRUE(code == 0 || code == 3) << code;
+        ++reports;
+      } catch (const Error& e) {
+        EXPECT_EQ(e.error_class(), ErrorClass::kModel) << e.what();
+        ++errors;
+      }
+    }
+    std::ofstream(name, std::ios::binary) << whole;
+  }
+  EXPECT_GT(reports, 200);
+  EXPECT_GT(errors, 200);
 }
 
 TEST(Inspect, RefusesWhatIsNoModel) {
