@@ -75,10 +75,10 @@ void LoadRow(const RowsView& rows, size_t index, float* k, float* v) {
 }
 
 size_t WorkFloats(uint32_t heads, uint32_t head_dim) {
-  // Arranged q, mean and num padded to 32 each, 64 scores for each of 4 heads; alignment to 64
+  // Arranged q, mean and num padded to 32 each, 32 scores for each of 4 heads; alignment to 64
   // bytes.
   const size_t padded = (size_t{head_dim} + 31) / 32 * 32;
-  return heads * 2 * padded + padded + 4 * 64 + 16;
+  return heads * 2 * padded + padded + 4 * 32 + 16;
 }
 
 const Kernels& KernelsFor(Isa isa) {

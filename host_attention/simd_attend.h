@@ -7,7 +7,10 @@ namespace passel::host {
 namespace {
 
 inline constexpr uint32_t kChunk = 2 * Simd::kLanes;
-inline constexpr int kTile = 16;  // rows scored together
+inline constexpr int kSums = 16;  // dot products formed together
+inline constexpr int kTile = 32;  // listed rows weighed together
+// Listed rows are prefetched this far ahead: with 32 and fewer they arrive a fifth later.
+inline constexpr size_t kRowsAhead = 64;
 
 // The head size: known when compiled (kFixed > 0), so that loops over chunks unroll, or not.
 template <uint32_t kFixed>
@@ -108,13 +111,6 @@ inline float* Aligned(float* p) {
   return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(p) + 63) & ~uintptr_t{63});
 }
 
-// Into the L2 cache: prefetches into L1 occupy the line buffers that loads need, and rows arrive a
-// third later with them, whatever the distance (docs/performance.md).
-inline void PrefetchToL2(const std::byte* p) { __builtin_prefetch(p, 0, 2); }
-inline void PrefetchBytes(const std::byte* p, size_t bytes) {
-  for (size_t at = 0; at < bytes; at += 64) PrefetchToL2(p + at);
-}
-
 template <class S, class Body>
 inline __attribute__((always_inline)) void EachChunk(const S& s, const Body& body) {
   const uint32_t whole = s.half ? s.chunks - 1 : s.chunks;
@@ -125,14 +121,14 @@ inline __attribute__((always_inline)) void EachChunk(const S& s, const Body& bod
 
 // Stores the sums of 16 accumulators.
 inline void StoreSums(const F* acc, float* out) {
-  for (int i = 0; i < kTile; i += Simd::kLanes) Simd::Store(out + i, Simd::ReduceLanes(acc + i));
+  for (int i = 0; i < kSums; i += Simd::kLanes) Simd::Store(out + i, Simd::ReduceLanes(acc + i));
 }
 
-// dots[r·kHeads + h] = q_h·k_r for kTile / kHeads rows. q: [kHeads, padded], arranged.
+// dots[r·kHeads + h] = q_h·k_r for kSums / kHeads rows. q: [kHeads, padded], arranged.
 template <class Rows, int kHeads, class S>
 inline void DotTile(const std::byte* const* rows, const S& s, const float* q, float* dots) {
-  constexpr int kRows = kTile / kHeads;
-  F acc[kTile];
+  constexpr int kRows = kSums / kHeads;
+  F acc[kSums];
 #pragma GCC unroll 16
   for (F& a : acc) a = Simd::Zero();
   typename Rows::KPart parts[kRows];
@@ -165,11 +161,11 @@ template <class Rows, class S>
 inline void DotNormTile(const std::byte* const* rows, const std::byte* const* next,
                         size_t next_bytes, const S& s, const float* q, const float* mean,
                         float* dots, float* norms) {
-  F acc[kTile], squares[kTile];
-  for (int r = 0; r < kTile; ++r) {
+  F acc[kSums], squares[kSums];
+  for (int r = 0; r < kSums; ++r) {
     PrefetchBytes(next[r], next_bytes);
     // Rows that begin anywhere in a cache line reach into one more.
-    if (!Rows::kInterleaved) PrefetchToL2(next[r] + next_bytes - 1);
+    if (!Rows::kInterleaved) Prefetch(next[r] + next_bytes - 1);
     const typename Rows::KPart part = Rows::K(rows[r], s.d);
     F dot0 = Simd::Zero(), dot1 = dot0, square0 = dot0, square1 = dot0;
     const auto chunk = [&](uint32_t c, bool half) __attribute__((always_inline)) {
@@ -190,13 +186,43 @@ inline void DotNormTile(const std::byte* const* rows, const std::byte* const* ne
   StoreSums(squares, norms);
 }
 
-// Chunks [c, c + kCount) of num += Σ_r weights[r] · v_r, r < count; num: [padded], arranged.
-// Prefetches the same part of next[r]'s values on the way.
+// 1/√d, without a call of sqrtf that might not be compiled for this level.
+inline float ScaleOf(uint32_t d) {
+  float lanes[Simd::kLanes];
+  Simd::Store(lanes, Simd::Sqrt(Simd::Set1(static_cast<float>(d))));
+  return 1.0f / lanes[0];
+}
+
+// Raises a running maximum to `top`, rescaling den and num (arranged).
+template <class S>
+inline void Raise(float top, const S& s, float* max, float* den, float* num) {
+  if (top <= *max) return;
+  float lanes[Simd::kLanes];
+  Simd::Store(lanes, Exp<Simd>(Simd::Set1(*max - top)));
+  const float w = *max == kEmptyMax ? 0.0f : lanes[0];
+  *max = top;
+  *den *= w;
+  for (uint32_t j = 0; j < s.padded; j += Simd::kLanes) {
+    Simd::Store(num + j, Simd::Mul(Simd::Load(num + j), Simd::Set1(w)));
+  }
+}
+
+inline constexpr float kIndex[kTile] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10,
+                                        11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21,
+                                        22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
+
+// Listed rows that are weighed and summed together, and those to prefetch meanwhile.
+struct ListTile {
+  const std::byte *rows[kTile], *ahead[kTile];
+  alignas(64) float weights[kTile];
+  int valid;
+};
+
+// Chunks [c, c + kCount) of num += Σ_r weights[r] · v_r; num: [padded], arranged. Prefetches the
+// same part of the values ahead on the way.
 template <class Rows, uint32_t kCount, class S>
-inline __attribute__((always_inline)) void AddValues(const std::byte* const* rows,
-                                                     const std::byte* const* next, int count,
-                                                     uint32_t c, bool half, const S& s,
-                                                     const float* weights, float* num) {
+inline __attribute__((always_inline)) void AddValues(const ListTile& tile, uint32_t c, bool half,
+                                                     const S& s, float* num) {
   F a[kCount], b[kCount];
   float* at = num + c * kChunk;
 #pragma GCC unroll 4
@@ -204,12 +230,12 @@ inline __attribute__((always_inline)) void AddValues(const std::byte* const* row
     a[i] = Simd::Load(at + i * kChunk);
     b[i] = Simd::Load(at + i * kChunk + Simd::kLanes);
   }
-  for (int r = 0; r < count; ++r) {
-    const std::byte* ahead = Rows::V(next[r], s.d).p + c * Rows::kChunkBytes;
+  for (int r = 0; r < tile.valid; ++r) {
+    const std::byte* ahead = Rows::V(tile.ahead[r], s.d).p + c * Rows::kChunkBytes;
     PrefetchBytes(ahead, kCount * Rows::kChunkBytes);
-    if (!Rows::kInterleaved) PrefetchToL2(ahead + kCount * Rows::kChunkBytes - 1);
-    const typename Rows::Part part = Rows::V(rows[r], s.d);
-    const F w = Rows::Times(part, Simd::Set1(weights[r]));
+    if (!Rows::kInterleaved) Prefetch(ahead + kCount * Rows::kChunkBytes - 1);
+    const typename Rows::Part part = Rows::V(tile.rows[r], s.d);
+    const F w = Rows::Times(part, Simd::Set1(tile.weights[r]));
 #pragma GCC unroll 4
     for (uint32_t i = 0; i < kCount; ++i) {
       F x, y;
@@ -225,18 +251,16 @@ inline __attribute__((always_inline)) void AddValues(const std::byte* const* row
   }
 }
 
-// Raises a running maximum to `top`, rescaling den and num (arranged).
-template <class S>
-inline void Raise(float top, const S& s, float* max, float* den, float* num) {
-  if (top <= *max) return;
-  float lanes[Simd::kLanes];
-  Simd::Store(lanes, Exp(Simd::Set1(*max - top)));
-  const float w = *max == kEmptyMax ? 0.0f : lanes[0];
-  *max = top;
-  *den *= w;
-  for (uint32_t j = 0; j < s.padded; j += Simd::kLanes) {
-    Simd::Store(num + j, Simd::Mul(Simd::Load(num + j), Simd::Set1(w)));
-  }
+// num += the tile's weighted values, as many chunks at a time as registers hold.
+template <class Rows, class S>
+inline void AddTile(const ListTile& tile, const S& s, float* num) {
+  constexpr uint32_t kCount = Simd::kLanes == 16 ? 4 : 2;
+  const uint32_t whole = s.half ? s.chunks - 1 : s.chunks;
+  uint32_t c = 0;
+#pragma GCC unroll 4
+  for (; c + kCount <= whole; c += kCount) AddValues<Rows, kCount>(tile, c, false, s, num);
+  for (; c < whole; ++c) AddValues<Rows, 1>(tile, c, false, s, num);
+  if (s.half) AddValues<Rows, 1>(tile, c, true, s, num);
 }
 
 template <class Rows, uint32_t kFixed>
@@ -259,63 +283,50 @@ void AttendListOf(const RowsView& rows, const uint32_t* ids, size_t count, const
     q_mean = Simd::Fma(x, Simd::Load(mean + j), q_mean);
     q_square = Simd::Fma(x, x, q_square);
   }
-  const F q_dot_mean = Simd::Set1(Simd::ReduceAdd(q_mean));
+  const float q_dot_mean = Simd::ReduceAdd(q_mean);
   const float q_norm2 = Simd::ReduceAdd(q_square);
-  const F q_norm = Simd::Sqrt(Simd::Set1(q_norm2));
-  const F scale = Simd::Div(Simd::Set1(1.0f), Simd::Sqrt(Simd::Set1(static_cast<float>(s.d))));
+  const float scale = ScaleOf(s.d);
   const size_t k_bytes = Rows::KBytes(s.d);
-  const std::byte* tile[2 * kTile];  // this tile's rows and the next one's
   const auto fill = [&](size_t at, const std::byte** out) {
     for (size_t r = 0; r < kTile; ++r) {
       const size_t i = at + r < count ? at + r : count - 1;
       out[r] = rows.data + size_t{ids[i]} * rows.stride;
     }
   };
-  if (count > 0) {
-    fill(0, tile);
-    for (int r = 0; r < kTile; ++r) PrefetchBytes(tile[r], rows.stride);
+  for (size_t i = 0; i < kRowsAhead && i < count; ++i) {
+    PrefetchBytes(rows.data + size_t{ids[i]} * rows.stride, rows.stride);
   }
-  alignas(64) float dots[kTile], norms[kTile], weights[kTile];
+  ListTile tile;
   for (size_t at = 0; at < count; at += kTile) {
-    const int valid = static_cast<int>(count - at < kTile ? count - at : kTile);
-    fill(at + kTile, tile + kTile);
-    DotNormTile<Rows>(tile, tile + kTile, k_bytes, s, qa, mean, dots, norms);
+    tile.valid = static_cast<int>(count - at < kTile ? count - at : kTile);
+    fill(at, tile.rows);
+    fill(at + kRowsAhead, tile.ahead);
+    alignas(64) float dots[kTile], norms[kTile];
+    for (int r = 0; r < kTile; r += kSums) {
+      DotNormTile<Rows>(tile.rows + r, tile.ahead + r, k_bytes, s, qa, mean, dots + r, norms + r);
+    }
     F top = Simd::Set1(kEmptyMax);
     for (int r = 0; r < kTile; r += Simd::kLanes) top = Simd::Max(top, Simd::Load(dots + r));
     // Padding repeats the last row, so it leaves the maximum alone.
-    float scales[Simd::kLanes];
-    Simd::Store(scales, scale);
-    Raise(Simd::ReduceMax(top) * scales[0], s, partial.max, partial.den, num);
-    F sum = Simd::Zero();
-    for (int r = 0; r < kTile; r += Simd::kLanes) {
-      const F dot = Simd::Load(dots + r);
-      F w = Exp(Simd::Sub(Simd::Mul(dot, scale), Simd::Set1(*partial.max)));
+    Raise(Simd::ReduceMax(top) * scale, s, partial.max, partial.den, num);
+    Pair::F sum = Pair::Zero();
+    for (int r = 0; r < kTile; r += Pair::kLanes) {
+      const Pair::F dot = Pair::Load(dots + r);
+      Pair::F w = Exp<Pair>(Pair::Sub(Pair::Mul(dot, Pair::Set1(scale)), Pair::Set1(*partial.max)));
       if (weighting.l > 0) {
-        const F length = Simd::Mul(q_norm, Simd::Sqrt(Simd::Load(norms + r)));
-        const F cosine = Simd::IfLess(Simd::Zero(), length,
-                                      Simd::Div(Simd::Sub(dot, q_dot_mean), length), Simd::Zero());
-        w = Simd::Div(w, Inclusion(cosine, weighting.k, weighting.l));
+        const Pair::F norm2 = Pair::Mul(Pair::Set1(q_norm2), Pair::Load(norms + r));
+        const Pair::F along = Pair::Sub(dot, Pair::Set1(q_dot_mean));
+        const Pair::F cosine = Pair::IfLess(
+            Pair::Zero(), norm2, Pair::Mul(along, InverseSqrt<Pair>(norm2)), Pair::Zero());
+        w = Pair::Mul(w, Reciprocal<Pair>(Inclusion<Pair>(cosine, weighting.k, weighting.l)));
       }
-      Simd::Store(weights + r, w);
-      for (int i = r; i < r + Simd::kLanes; ++i) {
-        if (i >= valid) weights[i] = 0;
-      }
-      sum = Simd::Add(sum, Simd::Load(weights + r));
+      w = Pair::IfLess(Pair::Load(kIndex + r), Pair::Set1(static_cast<float>(tile.valid)), w,
+                       Pair::Zero());
+      Pair::Store(tile.weights + r, w);
+      sum = Pair::Add(sum, w);
     }
-    *partial.den += Simd::ReduceAdd(sum);
-    // As many chunks at a time as registers hold.
-    constexpr uint32_t kCount = Simd::kLanes == 16 ? 4 : 2;
-    const uint32_t whole = s.half ? s.chunks - 1 : s.chunks;
-    uint32_t c = 0;
-#pragma GCC unroll 4
-    for (; c + kCount <= whole; c += kCount) {
-      AddValues<Rows, kCount>(tile, tile + kTile, valid, c, false, s, weights, num);
-    }
-    for (; c < whole; ++c) {
-      AddValues<Rows, 1>(tile, tile + kTile, valid, c, false, s, weights, num);
-    }
-    if (s.half) AddValues<Rows, 1>(tile, tile + kTile, valid, c, true, s, weights, num);
-    for (int r = 0; r < kTile; ++r) tile[r] = tile[kTile + r];
+    *partial.den += Simd::ReduceAdd(Simd::Add(sum.a, sum.b));
+    AddTile<Rows>(tile, s, num);
   }
   Restore<Rows>(num, s, partial.num);
 }
@@ -326,17 +337,16 @@ void ScoresOf(const RowsView& rows, size_t first, size_t count, const float* q, 
   const Shape<kFixed> s(rows.head_dim);
   float* qa = Aligned(work);
   Arrange<Rows>(q, s, qa);
-  float lanes[Simd::kLanes];
-  Simd::Store(lanes, Simd::Sqrt(Simd::Set1(static_cast<float>(s.d))));
-  const std::byte* tile[kTile];
-  alignas(64) float dots[kTile];
-  for (size_t at = 0; at < count; at += kTile) {
-    for (size_t r = 0; r < kTile; ++r) {
+  const float scale = ScaleOf(s.d);
+  const std::byte* tile[kSums];
+  alignas(64) float dots[kSums];
+  for (size_t at = 0; at < count; at += kSums) {
+    for (size_t r = 0; r < kSums; ++r) {
       const size_t i = at + r < count ? at + r : count - 1;
       tile[r] = rows.data + (first + i) * rows.stride;
     }
     DotTile<Rows, 1>(tile, s, qa, dots);
-    for (size_t r = 0; r < kTile && at + r < count; ++r) scores[at + r] = dots[r] / lanes[0];
+    for (size_t r = 0; r < kSums && at + r < count; ++r) scores[at + r] = dots[r] * scale;
   }
 }
 

@@ -23,6 +23,9 @@ struct Simd {
   static F Fms(F a, F b, F c) { return _mm256_fmsub_ps(a, b, c); }
   static F Max(F a, F b) { return _mm256_max_ps(a, b); }
   static F Min(F a, F b) { return _mm256_min_ps(a, b); }
+  // Within 11 bits.
+  static F RoughReciprocal(F a) { return _mm256_rcp_ps(a); }
+  static F RoughInverseSqrt(F a) { return _mm256_rsqrt_ps(a); }
   static F Sqrt(F a) { return _mm256_sqrt_ps(a); }
   static F Abs(F a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
   // a < b ? x : y, lane by lane.

@@ -24,6 +24,9 @@ struct Simd {
   static F Fms(F a, F b, F c) { return _mm512_fmsub_ps(a, b, c); }
   static F Max(F a, F b) { return _mm512_max_ps(a, b); }
   static F Min(F a, F b) { return _mm512_min_ps(a, b); }
+  // Within 14 bits.
+  static F RoughReciprocal(F a) { return _mm512_rcp14_ps(a); }
+  static F RoughInverseSqrt(F a) { return _mm512_rsqrt14_ps(a); }
   static F Sqrt(F a) { return _mm512_sqrt_ps(a); }
   static F Abs(F a) { return _mm512_abs_ps(a); }
   // a < b ? x : y, lane by lane.

@@ -5,10 +5,10 @@
 namespace passel::host {
 namespace {
 
-inline constexpr uint32_t kDenseTile = 64;  // rows scored before their values are summed
+inline constexpr uint32_t kDenseTile = 32;  // rows scored before their values are summed
 // Rows are prefetched this far ahead: the hardware's prefetchers do not keep up with a reader that
 // computes.
-inline constexpr size_t kDenseAhead = size_t{64} << 10;
+inline constexpr size_t kDenseAhead = size_t{24} << 10;
 
 // scores[h · kDenseTile + r] = q_h·k_r for as many rows as give one vector of sums.
 // row: K of the first; q: [kHeads, padded], arranged.
@@ -27,7 +27,7 @@ inline void DenseScores(const std::byte* row, size_t stride, int valid, const S&
   const auto chunk = [&](uint32_t c, bool half) __attribute__((always_inline)) {
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-      PrefetchToL2(parts[r].p + c * Rows::kChunkBytes + kDenseAhead);
+      Prefetch(parts[r].p + c * Rows::kChunkBytes + kDenseAhead);
       F a, b;
       Rows::Load(parts[r], c, half, &a, &b);
 #pragma GCC unroll 16
@@ -69,7 +69,7 @@ inline __attribute__((always_inline)) void DenseValues(const std::byte* rows, si
     F x[kVectors];
 #pragma GCC unroll 16
     for (uint32_t i = 0; i < kCount; ++i) {
-      PrefetchToL2(part.p + (c + i) * Rows::kChunkBytes + kDenseAhead);
+      Prefetch(part.p + (c + i) * Rows::kChunkBytes + kDenseAhead);
       Rows::Load(part, c + i, half, &x[2 * i], &x[2 * i + 1]);
     }
 #pragma GCC unroll 16
@@ -96,27 +96,31 @@ template <class Rows, int kHeads, class S>
 inline void DenseTile(const std::byte* rows, size_t stride, uint32_t valid, const S& s,
                       const float* q, float scale, float* max, float* den, float* num,
                       float* weights) {
-  constexpr uint32_t kRows = Simd::kLanes / kHeads, kLanes = Simd::kLanes;
+  constexpr uint32_t kRows = Simd::kLanes / kHeads;
   for (uint32_t r = 0; r < valid; r += kRows) {
     DenseScores<Rows, kHeads>(rows + r * stride, stride, static_cast<int>(valid - r), s, q,
                               weights + r);
   }
-  const uint32_t padded = (valid + kLanes - 1) / kLanes * kLanes;
+  constexpr uint32_t kWidth = Pair::kLanes;
+  const uint32_t padded = (valid + kWidth - 1) / kWidth * kWidth;
   for (uint32_t h = 0; h < kHeads; ++h) {
     float* w = weights + h * kDenseTile;
     // Padding repeats the last score, so it leaves the maximum alone.
     for (uint32_t r = valid; r < padded; ++r) w[r] = w[valid - 1];
-    F top = Simd::Load(w);
-    for (uint32_t r = kLanes; r < padded; r += kLanes) top = Simd::Max(top, Simd::Load(w + r));
-    Raise(Simd::ReduceMax(top) * scale, s, max + h, den + h, num + h * s.padded);
-    for (uint32_t r = 0; r < padded; r += kLanes) {
-      const F x = Simd::Mul(Simd::Load(w + r), Simd::Set1(scale));
-      Simd::Store(w + r, Exp(Simd::Sub(x, Simd::Set1(max[h]))));
+    Pair::F top = Pair::Load(w);
+    for (uint32_t r = kWidth; r < padded; r += kWidth) top = Pair::Max(top, Pair::Load(w + r));
+    Raise(Simd::ReduceMax(Simd::Max(top.a, top.b)) * scale, s, max + h, den + h,
+          num + h * s.padded);
+    Pair::F sum = Pair::Zero();
+    for (uint32_t r = 0; r < padded; r += kWidth) {
+      const Pair::F x = Pair::Mul(Pair::Load(w + r), Pair::Set1(scale));
+      const Pair::F e = Exp<Pair>(Pair::Sub(x, Pair::Set1(max[h])));
+      const Pair::F kept = Pair::IfLess(Pair::Load(kIndex + r),
+                                        Pair::Set1(static_cast<float>(valid)), e, Pair::Zero());
+      Pair::Store(w + r, kept);
+      sum = Pair::Add(sum, kept);
     }
-    for (uint32_t r = valid; r < padded; ++r) w[r] = 0;
-    F sum = Simd::Zero();
-    for (uint32_t r = 0; r < padded; r += kLanes) sum = Simd::Add(sum, Simd::Load(w + r));
-    den[h] += Simd::ReduceAdd(sum);
+    den[h] += Simd::ReduceAdd(Simd::Add(sum.a, sum.b));
   }
   // As many chunks at a time as registers hold.
   constexpr uint32_t kCount = Simd::kLanes == 16 ? 2 : 1;
@@ -143,9 +147,7 @@ void AttendDenseOf(const RowsView& rows, size_t first, size_t count, const float
     Arrange<Rows>(q + h * s.d, s, qa + h * s.padded);
     Arrange<Rows>(num + h * s.d, s, sums + h * s.padded);
   }
-  float lanes[Simd::kLanes];
-  Simd::Store(lanes, Simd::Sqrt(Simd::Set1(static_cast<float>(s.d))));
-  const float scale = 1.0f / lanes[0];
+  const float scale = ScaleOf(s.d);
   for (size_t at = 0; at < count; at += kDenseTile) {
     const auto valid = static_cast<uint32_t>(count - at < kDenseTile ? count - at : kDenseTile);
     const std::byte* tile = rows.data + (first + at) * rows.stride;

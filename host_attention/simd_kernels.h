@@ -49,7 +49,7 @@ void InclusionOf(const float* cosines, size_t count, uint32_t k, uint32_t l, flo
   float lanes[Simd::kLanes];
   for (size_t at = 0; at < count; at += Simd::kLanes) {
     for (size_t i = 0; i < Simd::kLanes; ++i) lanes[i] = at + i < count ? cosines[at + i] : 0;
-    Simd::Store(lanes, Inclusion(Simd::Load(lanes), k, l));
+    Simd::Store(lanes, Inclusion<Simd>(Simd::Load(lanes), k, l));
     for (size_t i = 0; i < Simd::kLanes && at + i < count; ++i) u[at + i] = lanes[i];
   }
 }

@@ -4,8 +4,13 @@
 namespace passel::host {
 namespace {
 
-// Into the L2 cache, as rows are (simd_attend.h).
-inline void Prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+// Into the L2 cache: prefetches into L1 occupy the line buffers that loads need, and rows arrive a
+// third later with them, whatever the distance (docs/performance.md). Always inlined: GCC takes a
+// function that only prefetches for one without effect, and drops calls of it.
+inline __attribute__((always_inline)) void Prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+inline __attribute__((always_inline)) void PrefetchBytes(const std::byte* p, size_t bytes) {
+  for (size_t at = 0; at < bytes; at += 64) Prefetch(p + at);
+}
 
 // Counts staged ids. Ids of one bucket are distinct, buckets are not, so increments stay scalar;
 // unrolled, they run at the store port's rate.

@@ -4,7 +4,6 @@
 #include <benchmark/benchmark.h>
 
 #include <algorithm>
-#include <chrono>
 #include <memory>
 #include <string>
 #include <thread>
@@ -42,17 +41,15 @@ struct Variant {
   uint32_t threads;
   std::vector<double> total, probe, attend;
 
-  double Time(bool count) {
+  double Time(const Layer& layer, bool count) {
     host::AttendBatch::Times times;
     batch.times = &times;
-    const auto start = std::chrono::steady_clock::now();
-    Attend(*host, batch);
-    const std::chrono::duration<double, std::milli> ms = std::chrono::steady_clock::now() - start;
-    if (!count) return ms.count();
-    total.push_back(ms.count());
+    const double ms = TimeAwake(*host, layer, batch);
+    if (!count) return ms;
+    total.push_back(ms);
     probe.push_back(static_cast<double>(times.probe_ns) * 1e-6 / threads);
     attend.push_back(static_cast<double>(times.attend_ns) * 1e-6 / threads);
-    return ms.count();
+    return ms;
   }
 };
 
@@ -81,23 +78,23 @@ void LayerBenchmark(benchmark::State& state, const Shape& shape, uint32_t thread
       sampled.push_back(std::move(ids));
     }
   }
-  int8.Time(false);
-  full.Time(false);
+  int8.Time(layer, false);
+  full.Time(layer, false);
   Limits limits(layer, sampled);
   Crew crew(threads);
   CacheFlusher flusher;
   std::vector<double> gather, gather8, sequential;
   for (auto _ : state) {
     flusher.Flush();
-    state.SetIterationTime(lsh.Time(true) * 1e-3);
+    state.SetIterationTime(lsh.Time(layer, true) * 1e-3);
     flusher.Flush();
     gather.push_back(limits.Gather(crew, host::KvType::kBf16));
     flusher.Flush();
-    int8.Time(true);
+    int8.Time(layer, true);
     flusher.Flush();
     gather8.push_back(limits.Gather(crew, host::KvType::kInt8));
     flusher.Flush();
-    full.Time(true);
+    full.Time(layer, true);
     sequential.push_back(limits.Sequential(crew, host::KvType::kBf16, [&] { flusher.Flush(); }));
   }
   const double t = Median(lsh.total), t8 = Median(int8.total), f = Median(full.total);

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <functional>
 #include <future>
@@ -139,6 +140,7 @@ std::unique_ptr<host::HostAttention> MakeHost(const Layer& layer, host::KvType t
   options.kv_type = type;
   options.threads = threads;
   options.pin_threads = true;
+  options.spin = std::chrono::milliseconds(2);
   const auto plan = host::PlanSegments(shape.n, 0, options.block_tokens);
   for (const host::SegmentSpec& s : plan) {
     options.memory_bytes += host::SegmentBytes(options, s) * layer.streams();
@@ -174,13 +176,30 @@ host::AttendBatch MakeBatch(const Layer& layer, bool exact) {
   return batch;
 }
 
-std::vector<host::PartialItem> Attend(host::HostAttention& host, const host::AttendBatch& batch) {
-  std::promise<std::vector<host::PartialItem>> result;
+std::vector<host::PartialItem> Attend(host::HostAttention& host, const host::AttendBatch& batch,
+                                      double* ms) {
+  using Clock = std::chrono::steady_clock;
+  std::promise<std::pair<Clock::time_point, std::vector<host::PartialItem>>> result;
+  const auto start = Clock::now();
   const host::Status status = host.Attend(batch, [&](std::vector<host::PartialItem> partials) {
-    result.set_value(std::move(partials));
+    result.set_value({Clock::now(), std::move(partials)});
   });
   Check(status == host::Status::kOk, "the query is accepted");
-  return result.get_future().get();
+  auto [end, partials] = result.get_future().get();
+  if (ms != nullptr) *ms = std::chrono::duration<double, std::milli>(end - start).count();
+  return std::move(partials);
+}
+
+double TimeAwake(host::HostAttention& host, const Layer& layer, const host::AttendBatch& batch) {
+  host::AttendBatch wake = MakeBatch(layer, true);
+  for (host::QueryItem& item : wake.items) item.offloaded_tokens = 1;
+  const std::vector<host::QueryItem> once = wake.items;
+  while (wake.items.size() < 256) wake.items.insert(wake.items.end(), once.begin(), once.end());
+  Attend(host, wake);
+  std::this_thread::sleep_for(std::chrono::microseconds(200));
+  double ms = 0;
+  Attend(host, batch, &ms);
+  return ms;
 }
 
 }  // namespace passel::bench

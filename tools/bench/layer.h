@@ -68,7 +68,11 @@ std::unique_ptr<host::HostAttention> MakeHost(const Layer& layer, host::KvType t
                                               uint32_t threads);
 // Queries of every stream. `exact`: attended as FULL.
 host::AttendBatch MakeBatch(const Layer& layer, bool exact);
-// Waits for the answer.
-std::vector<host::PartialItem> Attend(host::HostAttention& host, const host::AttendBatch& batch);
+// Waits for the answer; ms: from the call until the partials are delivered.
+std::vector<host::PartialItem> Attend(host::HostAttention& host, const host::AttendBatch& batch,
+                                      double* ms = nullptr);
+// The same time while the threads look for work, as a host rank's do between the layers of a step:
+// they have run a small query just before.
+double TimeAwake(host::HostAttention& host, const Layer& layer, const host::AttendBatch& batch);
 
 }  // namespace passel::bench

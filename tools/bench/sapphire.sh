@@ -9,7 +9,7 @@ shift || true
 mkdir -p "$build"
 objects=()
 pids=()
-for source in host_attention/*.cpp runtime/base/{error,random}.cpp tools/bench/{layer,limits,attend_bench}.cpp; do
+for source in host_attention/*.cpp runtime/base/{error,printable,random}.cpp tools/bench/{layer,limits,attend_bench}.cpp; do
   object=$build/$(echo "$source" | tr / _).o
   objects+=("$object")
   "${CXX:-g++}" -std=c++20 -O3 -DNDEBUG -I. -c "$source" -o "$object" &
