@@ -3,7 +3,7 @@
 #include <fmt/format.h>
 
 #include <limits>
-#include <set>
+#include <utility>
 #include <vector>
 
 #include "runtime/base/error.h"
@@ -13,49 +13,60 @@
 namespace passel::model {
 namespace {
 
+using nlohmann::json;
+
 constexpr size_t kMaxDepth = 64;
 // A value takes up to some 100 bytes of memory, in text as few as two. The largest tokenizer.json
 // known has 2.3 million values; the header of a million safetensors, 7 million.
 constexpr uint64_t kMaxValues = uint64_t{1} << 23;
 
-// Reads JSON without keeping it, and throws where it is not what ParseJson returns.
-class Checker final : public nlohmann::json_sax<nlohmann::json> {
+// Builds a value as it is read, and throws where it is not what ParseJson returns.
+class Builder final : public nlohmann::json_sax<json> {
  public:
-  explicit Checker(const std::string& where) : where_(where) {}
+  explicit Builder(const std::string& where) : where_(where) {}
 
-  bool null() override { return Value(); }
-  bool boolean(bool) override { return Value(); }
-  bool number_integer(number_integer_t) override { return Value(); }
-  bool number_unsigned(number_unsigned_t) override { return Value(); }
-  bool number_float(number_float_t, const string_t&) override { return Value(); }
-  bool string(string_t&) override { return Value(); }
-  bool binary(binary_t&) override { return Value(); }
-  bool start_object(size_t) override { return Open(); }
-  bool start_array(size_t) override { return Open(); }
+  bool null() override { return Put(nullptr); }
+  bool boolean(bool value) override { return Put(value); }
+  bool number_integer(number_integer_t value) override { return Put(value); }
+  bool number_unsigned(number_unsigned_t value) override { return Put(value); }
+  bool number_float(number_float_t value, const string_t&) override { return Put(value); }
+  bool string(string_t& value) override { return Put(std::move(value)); }
+  bool binary(binary_t& value) override { return Put(std::move(value)); }
+  bool start_object(size_t) override { return Open(json::object()); }
+  bool start_array(size_t) override { return Open(json::array()); }
   bool end_object() override { return Close(); }
   bool end_array() override { return Close(); }
   bool key(string_t& name) override {
-    if (!keys_.back().insert(name).second) {
-      Fail(fmt::format("key \"{}\" is given twice", Printable(name)));
-    }
+    const auto [member, is_new] = open_.back()->emplace(name, nullptr);
+    if (!is_new) Fail(fmt::format("key \"{}\" is given twice", Printable(name)));
+    place_ = &*member;
     return true;
   }
-  bool parse_error(size_t, const std::string&, const nlohmann::json::exception& e) override {
+  bool parse_error(size_t, const std::string&, const json::exception& e) override {
     Fail(fmt::format("expected JSON: {}", Printable(e.what(), 300)));
   }
 
+  json root;
+
  private:
-  bool Value() {
+  bool Put(json value) {
     if (++values_ > kMaxValues) Fail(fmt::format("has more than {} values", kMaxValues));
+    if (!open_.empty() && open_.back()->is_array()) {
+      open_.back()->push_back(std::move(value));
+      place_ = &open_.back()->back();
+    } else {
+      *place_ = std::move(value);
+    }
     return true;
   }
-  bool Open() {
-    if (keys_.size() >= kMaxDepth) Fail(fmt::format("nests deeper than {} levels", kMaxDepth));
-    keys_.emplace_back();
-    return Value();
+  bool Open(json empty) {
+    if (open_.size() >= kMaxDepth) Fail(fmt::format("nests deeper than {} levels", kMaxDepth));
+    Put(std::move(empty));
+    open_.push_back(place_);
+    return true;
   }
   bool Close() {
-    keys_.pop_back();
+    open_.pop_back();
     return true;
   }
   [[noreturn]] void Fail(const std::string& what) const {
@@ -63,7 +74,8 @@ class Checker final : public nlohmann::json_sax<nlohmann::json> {
   }
 
   const std::string& where_;
-  std::vector<std::set<std::string>> keys_;  // of the open objects and arrays
+  json* place_ = &root;      // of the value that was read last, or of the next one in an object
+  std::vector<json*> open_;  // the objects and arrays that are not closed yet
   uint64_t values_ = 0;
 };
 
@@ -82,13 +94,13 @@ std::string_view Text(const MappedFile& file) {
 
 }  // namespace
 
-nlohmann::json ParseJson(std::string_view text, const std::string& where) {
-  Checker checker(where);
-  nlohmann::json::sax_parse(text.begin(), text.end(), &checker);
-  return nlohmann::json::parse(text.begin(), text.end());
+json ParseJson(std::string_view text, const std::string& where) {
+  Builder builder(where);
+  json::sax_parse(text.begin(), text.end(), &builder);
+  return std::move(builder.root);
 }
 
-nlohmann::json ParseJsonFile(const std::string& path, uint64_t max_bytes) {
+json ParseJsonFile(const std::string& path, uint64_t max_bytes) {
   const MappedFile file = OpenBounded(path, max_bytes);
   return ParseJson(Text(file), path);
 }
