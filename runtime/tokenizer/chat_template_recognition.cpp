@@ -92,7 +92,7 @@ void ChatTemplate::Recognise(std::string_view jinja) {
   // Published ones have some 10,000 bytes; the search below is not linear.
   if (jinja.size() > kLongest) return;
   const std::string text = Canonical(jinja);
-  if (RecogniseQwen3(text) && !WritesSpace(jinja)) {
+  if (!WritesSpace(jinja) && RecogniseQwen3(text)) {
     format_ = Format::kTurns;
     return;
   }
@@ -156,32 +156,32 @@ bool ChatTemplate::RecogniseQwen3(std::string_view text) {
   };
   if (!(writes_turns("content") || writes_turns("message['content']")) ||
       !Contains(text, R"('<|im_start|>system\n'+messages[0].content+'<|im_end|>\n'}})") ||
+      !Contains(text, R"(not(message['content'].startswith('<tool_response>')and)"
+                      R"(message['content'].endswith('</tool_response>'))%})") ||
       !Contains(text, R"(ifloop.index0>ns.last_query_index%}{%-ifloop.lastor(notloop.last)"
                       R"(andreasoning_content)%})") ||
       !Contains(text, R"({%-else%}{{-'<|im_start|>'+message['role']+'\n'+content}}{%-endif%})") ||
       Contains(text, "system_message") || Contains(text, "bos_token")) {
     return false;
   }
+  // How a turn begins where nobody says whether to think.
+  struct Opening {
+    std::string_view jinja, text;
+  };
+  static constexpr std::array kOpenings = {
+      Opening{"", ""}, Opening{R"(<think>\n)", "<think>\n"},
+      Opening{R"(<think>\n\n</think>\n\n)", "<think>\n\n</think>\n\n"}};
+  const auto* opening = std::find_if(kOpenings.begin(), kOpenings.end(), [&](const Opening& o) {
+    const std::string with = R"({{{{-'<|im_start|>assistant\n{}'}}}}{{%-)";
+    return has(with + "endif%}}", o.jinja) ||
+           has(with + "ifenable_thinkingisdefinedandenable_thinkingisfalse%}}", o.jinja);
+  });
+  if (opening == kOpenings.end()) return false;
   WriteChatMl();
+  generation_ += opening->text;
   assistant_last_ = false;  // it would be taken for reasoning to go on with
   drops_reasoning_ = true;
-  // What a turn opens with where nobody says whether to think.
-  for (const char* thinks : {"", R"(<think>\n)", R"(<think>\n\n</think>\n\n)"}) {
-    const std::string opens = fmt::format(R"({{{{-'<|im_start|>assistant\n{}'}}}}{{%-)", thinks);
-    if (!Contains(text, opens + "endif%}") &&
-        !Contains(text, opens + "ifenable_thinkingisdefined"
-                                "andenable_thinkingisfalse%}")) {
-      continue;
-    }
-    std::string_view rest = thinks;
-    for (; !rest.empty(); rest.remove_prefix(1)) {
-      const bool line = rest.starts_with("\\n");
-      generation_.push_back(line ? '\n' : rest[0]);
-      if (line) rest.remove_prefix(1);
-    }
-    return true;
-  }
-  return false;
+  return true;
 }
 
 bool ChatTemplate::RecogniseLlama3(std::string_view text) {
