@@ -89,17 +89,9 @@ std::unique_ptr<Linear> CpuDevice::MakeLinear(int64_t out_features, int64_t in_f
       [&](int64_t p, void* data) {
         const int64_t first = p * kPanel;
         const int64_t count = std::min(kPanel, out_features - first);
-        if (activation_ == DType::kBf16) {
-          auto* out = static_cast<bf16*>(data);
-          rows(first, count, out);
-          std::fill(out + count * in_features, out + kPanel * in_features, bf16{0});
-        } else {
-          auto* out = static_cast<float*>(data);
-          std::vector<bf16> read(static_cast<size_t>(count * in_features));
-          rows(first, count, read.data());
-          kernels_.to_f32(read.data(), out, count * in_features);
-          std::fill(out + count * in_features, out + kPanel * in_features, 0.0f);
-        }
+        auto* out = static_cast<bf16*>(data);
+        rows(first, count, out);
+        std::fill(out + count * in_features, out + kPanel * in_features, bf16{0});
       });
   return std::make_unique<PanelLinear>(out_features, std::move(matrix));
 }

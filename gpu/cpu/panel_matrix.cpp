@@ -1,5 +1,6 @@
 #include "gpu/cpu/panel_matrix.h"
 
+#include <algorithm>
 #include <cstring>
 #include <limits>
 
@@ -18,24 +19,32 @@ PanelMatrix::PanelMatrix(GemmContext& context, const std::shared_ptr<Ledger>& le
   panel_bytes_ = RoundUp(static_cast<size_t>(panel_elements_) * SizeOf(held), 64);
   const auto bytes = CheckedMul(static_cast<uint64_t>(panels), panel_bytes_);
   memory_ = MakeBuffer(ledger, bytes.value_or(std::numeric_limits<uint64_t>::max()));
-  Packer& packer = context.cache.PackerFor(type, in, kPanel, /*transposed=*/true);
+  Packer* packer =
+      held == type ? &context.cache.PackerFor(type, in, kPanel, /*transposed=*/true) : nullptr;
   context.executor.For(panels, 1, [&](int64_t begin, int64_t end) {
     // Not the thread's lasting scratch: panels of a whole model would stay in it.
     Scratch rows;
-    void* data = rows.Get(static_cast<size_t>(kPanel * in) * SizeOf(type));
-    Scratch packed;
+    void* data = rows.Get(static_cast<size_t>(kPanel * in) * SizeOf(held));
     for (int64_t p = begin; p < end; ++p) {
       void* to = static_cast<char*>(memory_->data()) + static_cast<size_t>(p) * panel_bytes_;
       fill(p, data);
-      if (held == type) {
-        packer.Run(data, to);
+      if (packer != nullptr) {
+        packer->Run(data, to);
       } else {
-        auto* wide = packed.Get<float>(panel_elements_);
-        packer.Run(data, wide);
-        context.kernels.to_bf16(wide, static_cast<bf16*>(to), panel_elements_);
+        Place(static_cast<const bf16*>(data), static_cast<bf16*>(to));
       }
     }
   });
+}
+
+void PanelMatrix::Place(const bf16* rows, bf16* to) const {
+  std::fill_n(to, panel_elements_, bf16{0});  // the layout may have gaps
+  for (int64_t k = 0; k < in_; ++k) {
+    bf16* row = to + layout_->row_offsets()[static_cast<size_t>(k)];
+    for (int64_t n = 0; n < kPanel; ++n) {
+      row[layout_->col_offsets()[static_cast<size_t>(n)]] = rows[n * in_ + k];
+    }
+  }
 }
 
 const void* PanelMatrix::Widened(GemmContext& context, int64_t p) const {

@@ -38,7 +38,7 @@ struct GemmContext {
 // may be held as bf16: each is widened where a run of tiles is multiplied with it.
 class PanelMatrix {
  public:
-  // Fills rows of panel `p`: [kPanel, in] row-major bf16 or f32 as `type` says. Called from several
+  // Fills rows of panel `p`: [kPanel, in] row-major bf16 or f32 as `held` says. Called from several
   // threads at once. Padding rows are the filler's to zero.
   using PanelFiller = std::function<void(int64_t p, void* rows)>;
 
@@ -70,6 +70,8 @@ class PanelMatrix {
   };
   std::vector<Tile> Tiles(GemmContext& context, const void* x, int64_t n, int64_t stride,
                           bool fixed_tiles) const;
+  // Puts the rows of a panel, [kPanel, in] bf16, where the layout has them.
+  void Place(const bf16* rows, bf16* to) const;
   // Panel p as the products want it, perhaps in memory of the thread's own.
   const void* Widened(GemmContext& context, int64_t p) const;
 
