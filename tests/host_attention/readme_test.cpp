@@ -1,17 +1,17 @@
 // The example of host_attention/README.md, as it stands there.
-#include "readme_example.h"
-
 #include <gtest/gtest.h>
 
 #include <cmath>
 #include <cstdint>
 #include <vector>
 
+#include "readme_example.h"
+
 namespace passel {
 namespace {
 
-// Keys that stand at a cosine of about 0.97 to every query: each token is sampled all but surely, so
-// that the estimate is exact attention.
+// Keys that stand at a cosine of about 0.97 to every query: each token is sampled all but surely,
+// so that the estimate is exact attention.
 TEST(ReadmeExample, AttendsToKeysThatAreSurelySampled) {
   constexpr uint64_t kTokens = 3000;
   constexpr uint32_t kDim = 64, kGroup = 2;
