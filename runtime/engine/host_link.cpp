@@ -1,10 +1,10 @@
 #include "runtime/engine/host_link.h"
 
 #include <spdlog/spdlog.h>
-#include <tbb/parallel_for_each.h>
 
 #include <algorithm>
 #include <chrono>
+#include <thread>
 
 #include "runtime/base/error.h"
 #include "runtime/base/random.h"
@@ -15,7 +15,7 @@ namespace {
 using Clock = std::chrono::steady_clock;
 // Tokens of a K, V frame: large enough to stream, small enough to stay below kMaxPayloadBytes.
 constexpr uint64_t kKvFrameTokens = 2048;
-constexpr uint64_t kParallelTokens = 64;
+constexpr uint64_t kParallelTokens = 512;
 
 cluster::HealthTracker Watch(const Job& job, std::span<const RankId> hosts) {
   const std::chrono::duration<double> timeout(job.config.cluster().failure_timeout_s());
@@ -141,6 +141,7 @@ void HostLink::SendKv(const HostedRequest& hosted, int32_t layer, uint64_t first
     cluster::KvEntry entry;
     uint32_t host;
     std::vector<std::byte> payload;
+    std::vector<cluster::KvSpace> spaces;  // in the payload
   };
   std::vector<Frame> frames;
   for (uint64_t done = 0; done < count;) {
@@ -154,27 +155,36 @@ void HostLink::SendKv(const HostedRequest& hosted, int32_t layer, uint64_t first
       frames.push_back(
           {{hosted.request.value, token, kv_head, static_cast<uint32_t>(n), codes ? 1u : 0u, 0},
            hosted.placement.Owner(kv_head, segment),
+           {},
            {}});
+      Frame& frame = frames.back();
+      frame.payload = cluster::BuildKv(shape_, {&frame.entry, 1}, &frame.spaces);
     }
     done += n;
   }
-  const auto fill = [&](Frame& frame) {
-    std::vector<cluster::KvSpace> spaces;
-    frame.payload = cluster::BuildKv(shape_, {&frame.entry, 1}, &spaces);
+  const auto fill = [&](const Frame& frame) {
+    const cluster::KvSpace& space = frame.spaces[0];
     const size_t head = frame.entry.kv_head - static_cast<size_t>(slice_.first_kv_head);
     for (uint64_t i = 0; i < frame.entry.count; ++i) {
       const size_t at = (frame.entry.first_token - first_token + i) * heads + head;
-      bf16* row = spaces[0].rows.data() + 2 * i * d;
+      bf16* row = space.rows.data() + 2 * i * d;
       std::copy_n(k + at * d, d, row);
       std::copy_n(v + at * d, d, row + d);
-      if (codes) std::copy_n(codes + at * l, l, spaces[0].codes.data() + i * l);
+      if (codes) std::copy_n(codes + at * l, l, space.codes.data() + i * l);
     }
   };
   // The many tokens of a prompt are cut up by several threads.
-  if (count >= kParallelTokens) {
-    tbb::parallel_for_each(frames, fill);
-  } else {
-    for (Frame& frame : frames) fill(frame);
+  const size_t threads =
+      count < kParallelTokens
+          ? 1
+          : std::clamp<size_t>(std::thread::hardware_concurrency(), 1, std::min<size_t>(heads, 8));
+  {
+    std::vector<std::jthread> others;
+    const auto fill_from = [&](size_t first) {
+      for (size_t i = first; i < frames.size(); i += threads) fill(frames[i]);
+    };
+    for (size_t t = 1; t < threads; ++t) others.emplace_back(fill_from, t);
+    fill_from(0);
   }
   for (Frame& frame : frames) {
     transport::FrameHeader h;
