@@ -178,7 +178,10 @@ void Pool::RunLoop(const std::shared_ptr<Loop>& loop) {
     if (i >= loop->units) return;
     loop->unit(i);
     if (loop->left.fetch_sub(1) == 1) {
-      loop->finish();
+      // What the units held goes before anyone learns that they are done: threads that found none
+      // left may keep the loop itself for longer.
+      loop->unit = nullptr;
+      std::exchange(loop->finish, nullptr)();
       return;
     }
     if (loop->lane == Lane::kBackground) {

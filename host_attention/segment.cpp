@@ -149,7 +149,7 @@ void Segment::StartSeal() {
     const std::lock_guard lock(mutex_);
     sealing_ = true;
   }
-  const auto self = shared_from_this();
+  auto self = shared_from_this();
   pool_.ForEach(
       Pool::Lane::kBackground, CeilDiv(options_.l, kTablesPerSlice),
       [self](size_t slice) {
@@ -158,13 +158,14 @@ void Segment::StartSeal() {
           self->prompt_->SealTable(t, SortScratch());
         }
       },
-      [self] {
+      [self]() mutable {
         std::vector<std::function<void()>> waiting;
         {
           const std::lock_guard lock(self->mutex_);
           self->sealing_ = false;
           waiting.swap(self->waiting_);
         }
+        self.reset();  // a query that waited may be the last to have the segment
         for (const auto& then : waiting) then();
       });
 }
