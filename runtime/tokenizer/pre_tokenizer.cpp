@@ -27,6 +27,9 @@ constexpr std::string_view kTekken =
     R"([^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|)"
     R"(\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
 
+// More than any known pattern takes; PCRE2 compiles no larger ones.
+constexpr size_t kLongestPattern = size_t{64} << 10;
+
 struct Known {
   std::string_view name;
   std::array<std::string_view, 4> patterns;  // in order, "" at the end
@@ -91,6 +94,12 @@ std::string WithUnicodeSpace(std::string_view pattern) {
 // A compiled pattern. Match data is made per call, so that threads share the code alone.
 struct PreTokenizer::Regex {
   explicit Regex(std::string_view pattern) {
+    if (pattern.size() > kLongestPattern) {
+      throw Error(
+          ErrorClass::kModel,
+          fmt::format("tokenizer: a pre-tokeniser pattern has {} bytes; expected at most {}",
+                      pattern.size(), kLongestPattern));
+    }
     const std::string text = WithUnicodeSpace(pattern);
     int error = 0;
     PCRE2_SIZE offset = 0;

@@ -129,6 +129,25 @@ TEST_F(HostileLarge, JsonOfManySmallValues) {
   }
 }
 
+// Refused before \s is written out, which takes fifty times as much, and before it is compiled.
+TEST_F(HostileLarge, ALongPattern) {
+  const HostileDirectory directory;
+  json tokenizer = TinyModel::Tokenizer();
+  json& pattern = tokenizer["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"];
+  const auto write = [&](size_t spaces) {
+    std::string text;
+    for (size_t i = 0; i < spaces; ++i) text += R"(\s)";
+    pattern = text;
+    directory.Write("tokenizer.json", tokenizer.dump());
+  };
+  write(size_t{32} << 10);
+  ExpectRefused(directory.path(), "regular expression is too large");
+  tally_.most_bytes = 0;
+  write(size_t{8} << 20);
+  ExpectRefused(directory.path(), "pattern has 16777216 bytes; expected at most 65536");
+  EXPECT_LT(tally_.most_bytes, 8 * (int64_t{16} << 20));
+}
+
 TEST_F(HostileLarge, IdsFarApart) {
   const HostileDirectory directory;
   json config = TinyModel::Config();
