@@ -1,13 +1,19 @@
 #include "runtime/tokenizer/special_tokens.h"
 
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <utility>
 
+#include "runtime/base/error.h"
 #include "runtime/base/utf8.h"
 #include "runtime/tokenizer/unicode.h"
 
 namespace passel {
 namespace {
+
+// Several times the longest known. Each place of a text is compared with as much.
+constexpr size_t kLongest = 512;
 
 std::vector<SpecialTokens::Entry> Entries(const TokenizerData& data, bool normalized,
                                           const SpecialTokens::Normalize& normalize) {
@@ -18,6 +24,11 @@ std::vector<SpecialTokens::Entry> Entries(const TokenizerData& data, bool normal
     const bool special = type == Type::kSpecial || type == Type::kUnknown;
     if (!special && type != Type::kAdded) continue;
     const auto id = static_cast<int32_t>(i);
+    if (data.tokens[i].size() > kLongest) {
+      throw Error(ErrorClass::kModel,
+                  fmt::format("tokenizer: added token {} has {} bytes; expected at most {}", id,
+                              data.tokens[i].size(), kLongest));
+    }
     const auto it = data.added.find(id);
     const TokenizerData::Added added = it == data.added.end() ? TokenizerData::Added{} : it->second;
     if (added.normalized != normalized || data.tokens[i].empty()) continue;

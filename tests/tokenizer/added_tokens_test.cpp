@@ -9,6 +9,7 @@
 #include <fstream>
 #include <nlohmann/json.hpp>
 
+#include "runtime/base/error.h"
 #include "runtime/model/hf_model.h"
 #include "runtime/tokenizer/special_tokens.h"
 #include "runtime/tokenizer/tokenizer.h"
@@ -90,6 +91,12 @@ TEST(AddedTokens, AreFoundInTimeLinearInTheText) {
   spaces.added[tab] = {.lstrip = true, .rstrip = true};
   EXPECT_LT(Seconds(spaces, std::string(kSize, '\t'), kSize), 20);
   EXPECT_LT(Seconds(spaces, std::string(kSize, ' ') + "\t" + std::string(kSize, ' '), 1), 20);
+  // The longest that there may be, which each place begins but for the last byte.
+  TokenizerData longest = ByteVocabulary({});
+  AddToken(longest, std::string(511, 'a') + "b", TokenizerData::TokenType::kAdded);
+  EXPECT_LT(Seconds(longest, std::string(kSize / 5, 'a'), 1), 20);
+  AddToken(longest, std::string(512, 'a') + "b", TokenizerData::TokenType::kAdded);
+  EXPECT_THROW(SpecialTokens::InText(longest), Error);
 }
 
 }  // namespace
