@@ -7,6 +7,7 @@
 
 #include <cerrno>
 #include <cstring>
+#include <string_view>
 #include <utility>
 
 #include "runtime/base/error.h"
@@ -18,10 +19,16 @@ namespace {
   throw Error(ErrorClass::kModel, path + ": " + what);
 }
 
+bool IsLfsPointer(const void* data, size_t size) {
+  return std::string_view(static_cast<const char*>(data), size)
+      .starts_with("version https://git-lfs.github.com/spec/v1\n");
+}
+
 }  // namespace
 
 MappedFile::MappedFile(const std::string& path) : path_(path) {
-  const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  // Without O_NONBLOCK, a FIFO would wait for a writer.
+  const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
   if (fd < 0) Fail(path, std::string("cannot open the model file: ") + std::strerror(errno));
   struct stat info {};
   std::string problem;
@@ -35,6 +42,11 @@ MappedFile::MappedFile(const std::string& path) : path_(path) {
     void* map = ::mmap(nullptr, static_cast<size_t>(info.st_size), PROT_READ, MAP_SHARED, fd, 0);
     if (map == MAP_FAILED) {
       problem = std::string("cannot map the file: ") + std::strerror(errno);
+    } else if (IsLfsPointer(map, static_cast<size_t>(info.st_size))) {
+      ::munmap(map, static_cast<size_t>(info.st_size));
+      problem =
+          "is a Git LFS pointer; expected the file that it stands for, which has yet to be fetched "
+          "(git lfs pull)";
     } else {
       data_ = static_cast<const uint8_t*>(map);
       size_ = static_cast<size_t>(info.st_size);

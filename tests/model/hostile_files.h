@@ -30,7 +30,8 @@ struct Tally {
 // read, what the most wasteful content takes: empty strings in GGUF, empty objects in JSON.
 struct Allowance {
   explicit Allowance(const std::string& path) {
-    const auto read = [](const std::filesystem::path& file, int64_t most) {
+    const auto read = [](const std::filesystem::path& file, int64_t most) -> int64_t {
+      if (!std::filesystem::is_regular_file(file)) return 0;
       return std::min<int64_t>(static_cast<int64_t>(std::filesystem::file_size(file)), most);
     };
     int64_t sum = 0;

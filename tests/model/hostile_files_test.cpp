@@ -4,8 +4,12 @@
 
 #include "tests/model/hostile_files.h"
 
+#include <sys/stat.h>
+
+#include <chrono>
 #include <cstring>
 #include <functional>
+#include <future>
 
 namespace passel::model {
 namespace {
@@ -238,6 +242,51 @@ TEST_F(HostileFiles, TokenizerJson) {
   also("generation_config.json", {{"eos_token_id", {2, 3}}});
   Report("tokenizer.json", tally);
   EXPECT_GE(tally.files, 4000);
+}
+
+constexpr const char* kNames[] = {"config.json",
+                                  "tokenizer.json",
+                                  "tokenizer_config.json",
+                                  "generation_config.json",
+                                  "model.safetensors",
+                                  "chat_template.jinja",
+                                  "model.safetensors.index.json"};
+
+// A FIFO that nobody writes to is not waited for.
+TEST_F(HostileFiles, Fifos) {
+  Tally tally;
+  const auto expect_refused = [&](const std::string& fifo, const std::string& model) {
+    ASSERT_EQ(::mkfifo(fifo.c_str(), 0600), 0) << fifo;
+    auto message = std::async(std::launch::async, [&] { return Try(model, fifo, tally); });
+    if (message.wait_for(std::chrono::seconds(30)) != std::future_status::ready) {
+      ADD_FAILURE() << fifo << " is waited for";
+      std::ofstream writer(fifo);  // lets the reader go on
+    }
+    EXPECT_NE(message.get().find("not a regular file"), std::string::npos) << fifo;
+    std::filesystem::remove(fifo);
+  };
+  for (const char* name : kNames) {
+    const HostileDirectory directory;
+    directory.Remove(name);
+    expect_refused(directory.path() + "/" + name, directory.path());
+  }
+  const TempPath gguf(".gguf");
+  expect_refused(gguf.str(), gguf.str());
+}
+
+TEST_F(HostileFiles, GitLfsPointers) {
+  const std::string pointer =
+      "version https://git-lfs.github.com/spec/v1\noid sha256:" + std::string(64, 'a') +
+      "\nsize 4096\n";
+  Tally tally;
+  for (const char* name : kNames) {
+    const HostileDirectory directory;
+    directory.Write(name, pointer);
+    const std::string message = Try(directory.path(), name, tally);
+    EXPECT_NE(message.find("is a Git LFS pointer"), std::string::npos) << name << ": " << message;
+  }
+  const TempPath gguf(".gguf", pointer);
+  EXPECT_NE(Try(gguf.str(), "GGUF", tally).find("is a Git LFS pointer"), std::string::npos);
 }
 
 TEST_F(HostileFiles, ShardIndex) {
