@@ -172,12 +172,13 @@ void TokenizerJson::ReadByteLevel() {
     const std::string type = step.StringOr("type", "");
     if (byte_level || data_.patterns.size() == kMostPatterns) Unserved(key);  // ByteLevel is last
     if (type == "Digits") {
-      data_.patterns.push_back(step.BoolOr("individual_digits", false) ? R"(\p{N})" : R"(\p{N}+)");
+      data_.patterns.push_back(
+          {step.BoolOr("individual_digits", false) ? R"(\p{N})" : R"(\p{N}+)"});
     } else if (type == "Split") {
       ReadSplit(step);
     } else if (type == "ByteLevel" && !step.BoolOr("add_prefix_space", false)) {
       byte_level = true;
-      if (step.BoolOr("use_regex", true)) data_.patterns.push_back(TokenizerData::kGpt2Pattern);
+      if (step.BoolOr("use_regex", true)) data_.patterns.push_back({TokenizerData::kGpt2Pattern});
     } else {
       Unserved(key);
     }
@@ -188,12 +189,14 @@ void TokenizerJson::ReadByteLevel() {
 
 void TokenizerJson::ReadSplit(const JsonObject& step) {
   const json* pattern = step.Find("pattern");
+  const std::string behavior = step.StringOr("behavior", "");
+  const bool invert = step.BoolOr("invert", false);
+  // Inverted, what lies between the matches is removed.
   if (pattern == nullptr || !pattern->is_object() || !pattern->contains("Regex") ||
-      !(*pattern)["Regex"].is_string() || step.StringOr("behavior", "") != "Isolated" ||
-      step.BoolOr("invert", false)) {
+      !(*pattern)["Regex"].is_string() || behavior != (invert ? "Removed" : "Isolated")) {
     Unserved("pre_tokenizer");
   }
-  data_.patterns.push_back((*pattern)["Regex"].get<std::string>());
+  data_.patterns.push_back({(*pattern)["Regex"].get<std::string>(), invert});
 }
 
 void TokenizerJson::ReadSentencePiece(const JsonObject& model) {
@@ -260,7 +263,8 @@ void TokenizerJson::Unserved(const char* key) const {
                             : "NFC or none")
           : (sentence_piece
                  ? "Metaspace, or none after a normalizer that replaces spaces"
-                 : "ByteLevel, after Digits and isolating Splits by regular expressions");
+                 : "ByteLevel, after Digits and Splits by regular expressions, Isolated or "
+                   "inverted and Removed");
   root_.Fail(key, fmt::format("is not served; expected {}", expected));
 }
 

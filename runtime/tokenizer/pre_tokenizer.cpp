@@ -10,10 +10,11 @@
 
 #include "runtime/base/error.h"
 #include "runtime/base/printable.h"
-#include "runtime/tokenizer/tokenizer.h"
 
 namespace passel {
 namespace {
+
+using Pattern = TokenizerData::Pattern;
 
 constexpr std::string_view kGpt2 = TokenizerData::kGpt2Pattern;
 constexpr std::string_view kLlama3 =
@@ -29,6 +30,8 @@ constexpr std::string_view kTekken =
 
 // More than any known pattern takes; PCRE2 compiles no larger ones.
 constexpr size_t kLongestPattern = size_t{64} << 10;
+// Memory that one match may take: a group that repeats takes some for each time.
+constexpr size_t kMostMatchMemory = size_t{512} << 20;
 
 struct Known {
   std::string_view name;
@@ -56,10 +59,10 @@ const Known* Find(std::string_view name) {
   return it == kKnown.end() ? nullptr : it;
 }
 
-std::vector<std::string> PatternsOf(const Known& known) {
-  std::vector<std::string> patterns;
+std::vector<Pattern> PatternsOf(const Known& known) {
+  std::vector<Pattern> patterns;
   for (const std::string_view pattern : known.patterns) {
-    if (!pattern.empty()) patterns.emplace_back(pattern);
+    if (!pattern.empty()) patterns.push_back({std::string(pattern)});
   }
   return patterns;
 }
@@ -91,16 +94,58 @@ std::string WithUnicodeSpace(std::string_view pattern) {
 
 }  // namespace
 
-// A compiled pattern. Match data is made per call, so that threads share the code alone.
+// What matching needs beside the code, which threads share.
+class PreTokenizer::Matcher {
+ public:
+  Matcher()
+      : data_(pcre2_match_data_create(1, nullptr), &pcre2_match_data_free),
+        context_(pcre2_match_context_create(nullptr), &pcre2_match_context_free),
+        stack_(nullptr, &pcre2_jit_stack_free) {
+    if (data_ == nullptr || context_ == nullptr) {
+      throw Error(ErrorClass::kMemory, "tokenizer: no memory to match text");
+    }
+    pcre2_set_heap_limit(context_.get(), kMostMatchMemory >> 10);
+  }
+
+  // Where the first match from `at` on begins and ends; none: both at the text's end.
+  std::array<size_t, 2> Find(const pcre2_code* code, std::string_view text, size_t at) {
+    int rc = Match(code, text, at);
+    if (rc == PCRE2_ERROR_JIT_STACKLIMIT && stack_ == nullptr) {
+      // The stack that it has without is small, and enough for nearly every text.
+      stack_.reset(pcre2_jit_stack_create(32 << 10, kMostMatchMemory, nullptr));
+      pcre2_jit_stack_assign(context_.get(), nullptr, stack_.get());
+      rc = Match(code, text, at);
+    }
+    if (rc == PCRE2_ERROR_NOMATCH) return {text.size(), text.size()};
+    if (rc < 0) {
+      throw Error(ErrorClass::kModel,
+                  fmt::format("tokenizer: pre-tokeniser pattern failed (PCRE2 error {})", rc));
+    }
+    const PCRE2_SIZE* offsets = pcre2_get_ovector_pointer(data_.get());
+    return {offsets[0], offsets[1]};
+  }
+
+ private:
+  int Match(const pcre2_code* code, std::string_view text, size_t at) {
+    return pcre2_match(code, reinterpret_cast<PCRE2_SPTR>(text.data()), text.size(), at,
+                       PCRE2_NO_UTF_CHECK, data_.get(), context_.get());
+  }
+
+  std::unique_ptr<pcre2_match_data, decltype(&pcre2_match_data_free)> data_;
+  std::unique_ptr<pcre2_match_context, decltype(&pcre2_match_context_free)> context_;
+  std::unique_ptr<pcre2_jit_stack, decltype(&pcre2_jit_stack_free)> stack_;
+};
+
+// A compiled pattern.
 struct PreTokenizer::Regex {
-  explicit Regex(std::string_view pattern) {
-    if (pattern.size() > kLongestPattern) {
+  explicit Regex(const Pattern& pattern) : matches_only(pattern.matches_only) {
+    if (pattern.regex.size() > kLongestPattern) {
       throw Error(
           ErrorClass::kModel,
           fmt::format("tokenizer: a pre-tokeniser pattern has {} bytes; expected at most {}",
-                      pattern.size(), kLongestPattern));
+                      pattern.regex.size(), kLongestPattern));
     }
-    const std::string text = WithUnicodeSpace(pattern);
+    const std::string text = WithUnicodeSpace(pattern.regex);
     int error = 0;
     PCRE2_SIZE offset = 0;
     code = pcre2_compile(reinterpret_cast<PCRE2_SPTR>(text.data()), text.size(),
@@ -119,43 +164,35 @@ struct PreTokenizer::Regex {
   Regex(const Regex&) = delete;
   Regex& operator=(const Regex&) = delete;
 
-  // Calls piece(view) for every match and every gap between matches, in order.
+  // Calls piece(view) for every match and, where they count, every gap between matches, in order.
   template <typename Piece>
-  void Split(std::string_view text, pcre2_match_data* match, Piece piece) const {
+  void Split(std::string_view text, Matcher& matcher, Piece piece) const {
     size_t at = 0, gap = 0;
     while (at < text.size()) {
-      const int rc = pcre2_match(code, reinterpret_cast<PCRE2_SPTR>(text.data()), text.size(), at,
-                                 PCRE2_NO_UTF_CHECK, match, nullptr);
-      if (rc == PCRE2_ERROR_NOMATCH) break;
-      if (rc < 0) {
-        throw Error(ErrorClass::kModel,
-                    fmt::format("tokenizer: pre-tokeniser pattern failed (PCRE2 error {})", rc));
-      }
-      // Copied: `piece` may match with the same match data.
-      const size_t begin = pcre2_get_ovector_pointer(match)[0];
-      const size_t end = pcre2_get_ovector_pointer(match)[1];
+      const auto [begin, end] = matcher.Find(code, text, at);
       if (end <= begin) {  // an empty match: go on behind the next character
         at = begin + 1;
         while (at < text.size() && (static_cast<uint8_t>(text[at]) & 0xc0) == 0x80) ++at;
         continue;
       }
-      if (begin > gap) piece(text.substr(gap, begin - gap));
+      if (begin > gap && !matches_only) piece(text.substr(gap, begin - gap));
       piece(text.substr(begin, end - begin));
       at = gap = end;
     }
-    if (gap < text.size()) piece(text.substr(gap));
+    if (gap < text.size() && !matches_only) piece(text.substr(gap));
   }
 
   pcre2_code* code;
+  const bool matches_only;
 };
 
-PreTokenizer::PreTokenizer(const std::vector<std::string>& patterns) {
-  for (const std::string& pattern : patterns) steps_.push_back(std::make_unique<Regex>(pattern));
+PreTokenizer::PreTokenizer(const std::vector<Pattern>& patterns) {
+  for (const Pattern& pattern : patterns) steps_.push_back(std::make_unique<Regex>(pattern));
 }
 
 PreTokenizer::~PreTokenizer() = default;
 
-std::vector<std::string> PreTokenizer::Patterns(const std::string& name) {
+std::vector<Pattern> PreTokenizer::Patterns(const std::string& name) {
   const Known* known = Find(name);
   if (known == nullptr) {
     throw Error(ErrorClass::kModel,
@@ -166,23 +203,21 @@ std::vector<std::string> PreTokenizer::Patterns(const std::string& name) {
   return PatternsOf(*known);
 }
 
-std::string PreTokenizer::Name(const std::vector<std::string>& patterns) {
+std::string PreTokenizer::Name(const std::vector<Pattern>& patterns) {
   const auto* it = std::find_if(kKnown.begin(), kKnown.end(),
                                 [&](const Known& k) { return PatternsOf(k) == patterns; });
   return it == kKnown.end() ? "own" : std::string(it->name);
 }
 
 void PreTokenizer::Split(std::string_view text, std::vector<std::string_view>& words) const {
-  const std::unique_ptr<pcre2_match_data, decltype(&pcre2_match_data_free)> match(
-      pcre2_match_data_create(1, nullptr), &pcre2_match_data_free);
-  if (match == nullptr) throw Error(ErrorClass::kMemory, "tokenizer: no memory to match text");
+  Matcher matcher;
   // The pieces are texts of their own: look-ahead does not see past their end.
   const std::function<void(size_t, std::string_view)> split = [&](size_t step,
                                                                   std::string_view piece) {
     if (step == steps_.size()) {
       words.push_back(piece);
     } else {
-      steps_[step]->Split(piece, match.get(), [&](std::string_view p) { split(step + 1, p); });
+      steps_[step]->Split(piece, matcher, [&](std::string_view p) { split(step + 1, p); });
     }
   };
   split(0, text);

@@ -32,7 +32,12 @@ struct TokenizerData {
   std::string pre_tokenizer;  // byte-level: "smollm", "llama-bpe", "gpt-2", "qwen2", …
   // A tokenizer.json's own patterns, each for the pieces that the one before makes (none: those
   // that pre_tokenizer names); with them, whether a word that is a token is taken without merging.
-  std::vector<std::string> patterns;
+  struct Pattern {
+    std::string regex;
+    bool matches_only = false;  // what lies between matches is left out, not a piece of its own
+    bool operator==(const Pattern&) const = default;
+  };
+  std::vector<Pattern> patterns;
   static constexpr const char* kGpt2Pattern =
       R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+)";
   bool ignore_merges = false;

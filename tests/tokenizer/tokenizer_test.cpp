@@ -42,12 +42,12 @@ TEST(PreTokenizer, CutsAsTheNamedModelsDo) {
 
 TEST(PreTokenizer, RefusesUnknownNamesAndBadPatterns) {
   EXPECT_THROW(PreTokenizer::Patterns("no-such"), Error);
-  EXPECT_THROW(PreTokenizer({"("}), Error);
+  EXPECT_THROW(PreTokenizer({{"("}}), Error);
 }
 
 TEST(PreTokenizer, KeepsWhatAPatternLeavesOut) {
   std::vector<std::string_view> words;
-  PreTokenizer({"[a-z]+|x*"}).Split("12ab34", words);
+  PreTokenizer({{"[a-z]+|x*"}}).Split("12ab34", words);
   EXPECT_EQ(words, (std::vector<std::string_view>{"12", "ab", "34"}));
 }
 

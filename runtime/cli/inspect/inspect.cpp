@@ -121,8 +121,9 @@ std::string PreTokenizerName(const TokenizerData& data) {
   const std::string name = PreTokenizer::Name(data.patterns);
   if (name != "own") return name;
   std::string text;
-  for (const std::string& pattern : data.patterns) {
-    text += fmt::format("{}\"{}\"", text.empty() ? "" : ", then ", Printable(pattern, 200));
+  for (const TokenizerData::Pattern& pattern : data.patterns) {
+    text += fmt::format("{}\"{}\"{}", text.empty() ? "" : ", then ", Printable(pattern.regex, 200),
+                        pattern.matches_only ? " (its matches alone)" : "");
   }
   return text;
 }
