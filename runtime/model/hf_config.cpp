@@ -21,6 +21,14 @@ int64_t SlidingWindow(const JsonObject& root) {
   return root.IntOr("sliding_window", root.Has("sliding_window") ? 0 : 4096);
 }
 
+// As above; null is as many as there are heads.
+int32_t KvHeads(const JsonObject& root, const ModelConfig& config) {
+  const char* key = "num_key_value_heads";
+  const bool llama = config.architecture == "llama", mistral = config.architecture == "mistral";
+  const int32_t unsaid = llama || root.Has(key) ? config.heads : mistral ? 8 : 32;
+  return root.Int32Or(key, unsaid);
+}
+
 // A qwen config may let some of its layers slide: those it lists, or those from max_window_layers
 // on.
 int64_t QwenSlidingWindow(const JsonObject& root, int32_t layers) {
@@ -100,7 +108,7 @@ ModelConfig HfConfig(const std::string& directory) {
   config.layers = root.Int32("num_hidden_layers");
   config.hidden = root.Int32("hidden_size");
   config.heads = root.Int32("num_attention_heads");
-  config.kv_heads = root.Int32Or("num_key_value_heads", config.heads);
+  config.kv_heads = KvHeads(root, config);
   config.ffn = root.Int32("intermediate_size");
   config.vocab = root.Int32("vocab_size");
   config.context_length = root.Int("max_position_embeddings");

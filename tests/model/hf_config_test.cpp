@@ -47,6 +47,20 @@ TEST(HfConfig, SlidingWindowThatIsNotSaidIsTransformers) {
   EXPECT_EQ(Read(qwen).sliding_window, 0);
 }
 
+TEST(HfConfig, KvHeadsThatAreNotSaidAreTransformers) {
+  json config = TinyModel::Config();
+  config["num_attention_heads"] = 64;
+  config["head_dim"] = 16;
+  for (const auto& [architecture, unsaid] :
+       {std::pair{"llama", 64}, {"mistral", 8}, {"qwen2", 32}, {"qwen3", 32}}) {
+    config["model_type"] = architecture;
+    config.erase("num_key_value_heads");
+    EXPECT_EQ(Read(config).kv_heads, unsaid) << architecture;
+    config["num_key_value_heads"] = nullptr;
+    EXPECT_EQ(Read(config).kv_heads, 64) << architecture;
+  }
+}
+
 TEST(HfConfig, HeadsRotateAsAWhole) {
   json config = TinyModel::Config();
   config["partial_rotary_factor"] = 1.0;
