@@ -2,6 +2,7 @@
 #include <array>
 #include <bit>
 #include <cstring>
+#include <span>
 
 #include "runtime/base/bf16.h"
 #include "runtime/base/error.h"
@@ -23,6 +24,29 @@ constexpr std::array kLayouts = {
     ElementLayout{ElementType::kQ5_K, "Q5_K", 256, 176},
     ElementLayout{ElementType::kQ6_K, "Q6_K", 256, 210},
 };
+
+constexpr ElementLayout NotServed(uint32_t type, std::string_view name, int64_t block,
+                                  int64_t bytes) {
+  return {static_cast<ElementType>(type), name, block, bytes};
+}
+constexpr std::array kNotServed = {
+    NotServed(10, "Q2_K", 256, 84),    NotServed(11, "Q3_K", 256, 110),
+    NotServed(15, "Q8_K", 256, 292),   NotServed(16, "IQ2_XXS", 256, 66),
+    NotServed(17, "IQ2_XS", 256, 74),  NotServed(18, "IQ3_XXS", 256, 98),
+    NotServed(19, "IQ1_S", 256, 50),   NotServed(20, "IQ4_NL", 32, 18),
+    NotServed(21, "IQ3_S", 256, 110),  NotServed(22, "IQ2_S", 256, 82),
+    NotServed(23, "IQ4_XS", 256, 136), NotServed(24, "I8", 1, 1),
+    NotServed(25, "I16", 1, 2),        NotServed(26, "I32", 1, 4),
+    NotServed(27, "I64", 1, 8),        NotServed(28, "F64", 1, 8),
+    NotServed(29, "IQ1_M", 256, 56),   NotServed(34, "TQ1_0", 256, 54),
+    NotServed(35, "TQ2_0", 256, 66),   NotServed(39, "MXFP4", 32, 17),
+};
+
+const ElementLayout* Find(std::span<const ElementLayout> layouts, uint32_t type) {
+  const auto it = std::ranges::find_if(
+      layouts, [&](const ElementLayout& l) { return static_cast<uint32_t>(l.type) == type; });
+  return it == layouts.end() ? nullptr : &*it;
+}
 
 template <typename T>
 T Load(const uint8_t* p) {
@@ -158,11 +182,11 @@ void Blocks(const uint8_t* in, int64_t blocks, int64_t bytes, int64_t block, flo
 
 }  // namespace
 
-const ElementLayout* FindLayout(uint32_t type) {
-  const auto* it = std::find_if(kLayouts.begin(), kLayouts.end(), [&](const ElementLayout& l) {
-    return static_cast<uint32_t>(l.type) == type;
-  });
-  return it == kLayouts.end() ? nullptr : it;
+const ElementLayout* FindLayout(uint32_t type) { return Find(kLayouts, type); }
+
+const ElementLayout* FindKnownLayout(uint32_t type) {
+  const ElementLayout* layout = FindLayout(type);
+  return layout != nullptr ? layout : Find(kNotServed, type);
 }
 
 const ElementLayout& LayoutOf(ElementType type) {

@@ -32,6 +32,8 @@ struct ElementLayout {
 // The largest `block` of any type.
 inline constexpr int64_t kMaxBlock = 256;
 
+// Of any type that GGUF has, served or not; nullptr for other numbers.
+const ElementLayout* FindKnownLayout(uint32_t type);
 // nullptr where the number names no type that is served.
 const ElementLayout* FindLayout(uint32_t type);
 const ElementLayout& LayoutOf(ElementType type);

@@ -231,19 +231,21 @@ class GgufParser {
       out_.Fail(field, "has a dimension of 0 or too many elements; expected 1 to 2^56");
     }
     const auto type = Read<uint32_t>(field);
-    const ElementLayout* layout = FindLayout(type);
-    if (layout == nullptr && any_type_) {
-      return {static_cast<ElementType>(type), static_cast<int64_t>(rows),
-              static_cast<int64_t>(cols), nullptr, 0};
+    const ElementLayout* layout = FindKnownLayout(type);
+    if (FindLayout(type) == nullptr && !any_type_) {
+      out_.Fail(field, fmt::format("has element type {}; expected one of {}",
+                                   layout != nullptr ? layout->name : std::to_string(type),
+                                   ServedTypes()));
     }
     if (layout == nullptr) {
-      out_.Fail(field, fmt::format("has element type {}; expected one of {}", type, ServedTypes()));
+      return {static_cast<ElementType>(type), static_cast<int64_t>(rows),
+              static_cast<int64_t>(cols), nullptr, 0};
     }
     if (cols % static_cast<uint64_t>(layout->block) != 0) {
       out_.Fail(field, fmt::format("has rows of {} elements; expected a multiple of {} for {}",
                                    cols, layout->block, layout->name));
     }
-    // At most 2^56 elements of at most 4 bytes: no overflow.
+    // At most 2^56 elements of at most 8 bytes: no overflow.
     return {
         layout->type, static_cast<int64_t>(rows), static_cast<int64_t>(cols), nullptr,
         *elements / static_cast<uint64_t>(layout->block) * static_cast<uint64_t>(layout->bytes)};

@@ -30,7 +30,8 @@ struct GgufTensor {
 // checked against the file's size. Knows nothing of architectures.
 class GgufFile {
  public:
-  // `any_type`: a tensor of an element type that is not served is no error, and has no data. Throws
+  // `any_type`: a tensor of an element type that is not served is no error; it has no bytes where
+  // the type is unknown too. Throws
   // Error{kModel} naming the file, the field and what was expected.
   explicit GgufFile(const std::string& path, bool any_type = false);
 

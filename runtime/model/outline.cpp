@@ -84,12 +84,12 @@ void ReadGguf(const std::string& path, Outline& out) {
   }
   for (const auto& [name, tensor] : file.tensors()) {
     const auto number = static_cast<uint32_t>(tensor.type);
-    const ElementLayout* layout = FindLayout(number);
+    const ElementLayout* layout = FindKnownLayout(number);
     Outline::Type& type =
         out.types[layout != nullptr ? std::string(layout->name) : fmt::format("type {}", number)];
     ++type.tensors;
     type.elements += static_cast<uint64_t>(tensor.rows * tensor.cols);
-    type.served = layout != nullptr;
+    type.served = FindLayout(number) != nullptr;
     if (name == "token_embd.weight") c.vocab = Narrow(tensor.rows);
   }
   c.tied_embeddings = !file.tensors().contains("output.weight");

@@ -102,12 +102,12 @@ TEST(Inspect, ReportsAGgufThatIsNotServed) {
     const size_t at = value.find("linear");
     if (at != std::string::npos) value.replace(at, 6, "spiral");
   }
-  writer.tensors[3].type = 23;
+  writer.tensors[3].type = 99;
   const Inspected report = Inspect(writer);
   EXPECT_EQ(report.code, 3);
   ExpectLine(report, "architecture        NOT SERVED: \"gemma9\"; expected llama, qwen2, qwen3");
   ExpectLine(report, "parameters          2016");
-  ExpectLine(report, "tensor types        NOT SERVED: 1 type 23; served: 10 F32");
+  ExpectLine(report, "tensor types        NOT SERVED: 1 type 99; served: 10 F32");
   ExpectLine(report, "attention           1 heads, 1 KV heads, head dimension 16");
   ExpectLine(report, "vocabulary          11, output tied to the embedding");
   ExpectLine(report, "RoPE                NOT SERVED: ",
@@ -117,6 +117,21 @@ TEST(Inspect, ReportsAGgufThatIsNotServed) {
   ExpectLine(report, "tokenizer           served: 11 tokens, byte-level BPE");
   ExpectLine(report, "pre-tokeniser       llama-bpe");
   ExpectLine(report, "model               NOT SERVED: ", "Q4_K, Q5_K, Q6_K");
+}
+
+// The types that are not served have names and sizes all the same.
+TEST(Inspect, NamesAndSizesElementTypesThatAreNotServed) {
+  GgufWriter writer = TinyModel::Gguf(false);
+  GgufWriter::Tensor& tensor = writer.tensors.back();
+  tensor.dims = {256, 4};
+  tensor.type = 11;
+  tensor.data.assign(4 * 110, '\0');
+  const Inspected report = Inspect(writer);
+  EXPECT_EQ(report.code, 3);
+  ExpectLine(report, "tensor types        NOT SERVED: 1 Q3_K; served: 10 F32");
+  ExpectLine(report, "weights             ", "7.3 KiB in the file, 5.4 KiB as bf16");
+  ExpectLine(report, "model               NOT SERVED: ", "");
+  EXPECT_NE(report.report.find("has element type Q3_K; expected one of F32"), std::string::npos);
 }
 
 // A Hugging Face directory of the tiny model, to be changed before it is inspected.
