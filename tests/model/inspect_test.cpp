@@ -123,13 +123,13 @@ TEST(Inspect, ReportsAGgufThatIsNotServed) {
 TEST(Inspect, NamesAndSizesElementTypesThatAreNotServed) {
   GgufWriter writer = TinyModel::Gguf(false);
   GgufWriter::Tensor& tensor = writer.tensors.back();
-  tensor.dims = {256, 4};
+  tensor.dims = {256, 64};
   tensor.type = 11;
-  tensor.data.assign(4 * 110, '\0');
+  tensor.data.assign(64 * 110, '\0');
   const Inspected report = Inspect(writer);
   EXPECT_EQ(report.code, 3);
   ExpectLine(report, "tensor types        NOT SERVED: 1 Q3_K; served: 10 F32");
-  ExpectLine(report, "weights             ", "7.3 KiB in the file, 5.4 KiB as bf16");
+  ExpectLine(report, "weights             ", "13.8 KiB in the file, 35.4 KiB as bf16");
   ExpectLine(report, "model               NOT SERVED: ", "");
   EXPECT_NE(report.report.find("has element type Q3_K; expected one of F32"), std::string::npos);
 }
