@@ -50,6 +50,22 @@ struct Allowance {
   double seconds = 5;       // of the processor: a sanitizer's, on a busy machine
 };
 
+// The most memory that the process has had since the last call; 0 where the system or a sanitizer,
+// which keeps what was freed, does not let it be told.
+inline int64_t PeakResidentBytes() {
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+  return 0;
+#else
+  int64_t kib = 0;
+  std::ifstream status("/proc/self/status");
+  for (std::string word; status >> word;) {
+    if (word == "VmHWM:") status >> kib;
+  }
+  std::ofstream("/proc/self/clear_refs") << "5";
+  return kib << 10;
+#endif
+}
+
 // Opens a model and makes its tokenizer, as every command does. An Error must be about the model
 // and name the file or what in it is wrong; what opens must also tokenize. Returns the error's
 // message, "" for a model that opened.
@@ -57,6 +73,8 @@ inline std::string Try(const std::string& path, const std::string& what, Tally& 
   const Allowance allowance(path);
   const int64_t before = AllocatedBytes();
   ResetPeak();
+  PeakResidentBytes();
+  const int64_t resident_before = PeakResidentBytes();
   const std::clock_t start = std::clock();
   ++tally.files;
   std::string message;
@@ -84,6 +102,9 @@ inline std::string Try(const std::string& path, const std::string& what, Tally& 
   tally.most_bytes = std::max(tally.most_bytes, bytes);
   EXPECT_LT(seconds, allowance.seconds) << what;
   EXPECT_LE(bytes, allowance.bytes) << what;
+  // Beside what operator new gave out: what was read of the files, and what PCRE2 and others took.
+  const int64_t resident = PeakResidentBytes() - resident_before;
+  EXPECT_LE(resident, allowance.bytes + (int64_t{64} << 20)) << what;
   return message;
 }
 
