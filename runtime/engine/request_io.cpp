@@ -53,9 +53,8 @@ std::optional<int64_t> Count(const json& body, const char* key, int64_t low) {
   return v->get<int64_t>();
 }
 
-std::vector<int32_t> Encoded(const char* field, const std::string& text,
-                             const Tokenizer& tokenizer) {
-  std::vector<int32_t> ids = tokenizer.Encode(text, true);
+std::vector<int32_t> Embeddable(const char* field, std::vector<int32_t> ids,
+                                const Tokenizer& tokenizer) {
   for (const int32_t id : ids) {
     if (id < tokenizer.vocab_size()) continue;
     Bad(field, "no \"" + tokenizer.TokenBytes(id, true) + "\": its token id, " +
@@ -73,7 +72,9 @@ std::vector<int32_t> PromptTokens(const json& body, const Tokenizer& tokenizer, 
   }
   *chat = messages != nullptr;
   if (prompt) {
-    if (prompt->is_string()) return Encoded("prompt", prompt->get<std::string>(), tokenizer);
+    if (prompt->is_string()) {
+      return Embeddable("prompt", tokenizer.Encode(prompt->get<std::string>(), true), tokenizer);
+    }
     if (!prompt->is_array()) Bad("prompt", "a string or an array of token ids");
     std::vector<int32_t> ids;
     ids.reserve(prompt->size());
@@ -98,7 +99,7 @@ std::vector<int32_t> PromptTokens(const json& body, const Tokenizer& tokenizer, 
     if (!content || !content->is_string()) Bad(at + ".content", "a string");
     list.push_back({role->get<std::string>(), content->get<std::string>()});
   }
-  return Encoded("messages", tokenizer.ApplyChatTemplate(list), tokenizer);
+  return Embeddable("messages", tokenizer.EncodeMessages(list), tokenizer);
 }
 
 std::vector<std::string> StopStrings(const json& body) {

@@ -68,15 +68,15 @@ TokenizerData::TokenType ToTokenType(const GgufFile& file, int64_t type) {
   }
 }
 
-// `otherwise` where the key is absent, -1 if that is no token.
+// `otherwise` where the key is absent or names no token, -1 if that is none either.
 int32_t TokenId(const GgufFile& file, const std::string& key, size_t tokens,
                 int32_t otherwise = -1) {
-  if (!file.Has(key)) return static_cast<size_t>(otherwise) < tokens ? otherwise : -1;
+  if (static_cast<size_t>(otherwise) >= tokens) otherwise = -1;
+  if (!file.Has(key)) return otherwise;
   const int64_t id = file.Int(key);
-  if (id < 0 || static_cast<uint64_t>(id) >= tokens) {
-    file.Fail(key, fmt::format("is {}; expected a token id below {}", id, tokens));
-  }
-  return static_cast<int32_t>(id);
+  if (id >= 0 && static_cast<uint64_t>(id) < tokens) return static_cast<int32_t>(id);
+  spdlog::warn("{}: {}: is {}, no token id below {}; ignored", file.path(), key, id, tokens);
+  return otherwise;
 }
 
 }  // namespace

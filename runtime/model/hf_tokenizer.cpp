@@ -1,4 +1,4 @@
-#include <fmt/format.h>
+#include <spdlog/spdlog.h>
 
 #include <filesystem>
 #include <optional>
@@ -38,18 +38,23 @@ void ReadStops(const std::string& path, size_t tokens, std::vector<int32_t>& sto
   if (eos == nullptr) return;
   const json list = eos->is_array() ? *eos : json::array({*eos});
   for (const json& id : list) {
-    if (!id.is_number_unsigned() || id.get<uint64_t>() >= tokens) {
-      root.Fail("eos_token_id", fmt::format("expected token ids below {}", tokens));
+    if (id.is_number_unsigned() && id.get<uint64_t>() < tokens) {
+      stops.push_back(static_cast<int32_t>(id.get<uint64_t>()));
+    } else {
+      spdlog::warn("{}: eos_token_id: has what is no token id below {}; ignored", path, tokens);
     }
-    stops.push_back(static_cast<int32_t>(id.get<uint64_t>()));
   }
 }
 
 // The template's text, from a file of its own or from tokenizer_config.json, there as a string or
-// as a list of named ones.
+// as a list of named ones; of another form, or of one too long, a text that is no known template's.
 std::string ChatTemplateText(const std::string& directory, const JsonObject* config) {
+  static constexpr const char* kUnread = "(not read)";
   const std::string path = directory + "/chat_template.jinja";
-  if (Exists(path)) return ReadTextFile(path, 1 << 20);
+  std::error_code error;
+  if (const auto size = std::filesystem::file_size(path, error); !error) {
+    return size == 0 || size > (1 << 20) ? kUnread : ReadTextFile(path, 1 << 20);
+  }
   const json* value = config == nullptr ? nullptr : config->Find("chat_template");
   if (value == nullptr) return "";
   if (value->is_string()) return value->get<std::string>();
@@ -61,7 +66,7 @@ std::string ChatTemplateText(const std::string& directory, const JsonObject* con
       }
     }
   }
-  config->Fail("chat_template", "expected a string or a list with one named \"default\"");
+  return kUnread;
 }
 
 }  // namespace
@@ -86,9 +91,19 @@ TokenizerData HfTokenizer(const std::string& directory, int32_t vocab) {
   } else {
     data.chat_template = ChatTemplateText(directory, nullptr);
   }
+  const std::string map_path = directory + "/special_tokens_map.json";
+  if ((bos.empty() || eos.empty()) && Exists(map_path)) {
+    const json parsed = ParseJsonFile(map_path, 1 << 20);
+    const JsonObject map(parsed, map_path);
+    if (bos.empty()) bos = TokenText(map, "bos_token");
+    if (eos.empty()) eos = TokenText(map, "eos_token");
+  }
+  const std::string first = tokenizer.TemplateBegin();
+  if (bos.empty()) bos = first;
   data.bos = bos.empty() ? -1 : tokenizer.IdOf(bos);
   data.eos = eos.empty() ? -1 : tokenizer.IdOf(eos);
-  data.add_bos = data.bos >= 0 && add_bos.value_or(tokenizer.TemplateBeginsWith(bos));
+  data.add_bos = data.bos >= 0 && add_bos.value_or(first == bos);
+  data.messages_add_bos = false;
 
   std::vector<int32_t> stops;
   ReadStops(directory + "/generation_config.json", data.tokens.size(), stops);

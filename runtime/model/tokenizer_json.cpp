@@ -53,22 +53,22 @@ int32_t TokenizerJson::IdOf(const std::string& text) const {
   return it == data_.tokens.end() ? -1 : static_cast<int32_t>(it - data_.tokens.begin());
 }
 
-bool TokenizerJson::TemplateBeginsWith(const std::string& bos) const {
+std::string TokenizerJson::TemplateBegin() const {
   const json* processor = root_.Find("post_processor");
-  if (processor == nullptr || !processor->is_object()) return false;
+  if (processor == nullptr || !processor->is_object()) return "";
   std::vector<const json*> candidates = {processor};
   if (const auto it = processor->find("processors"); it != processor->end() && it->is_array()) {
     for (const json& p : *it) candidates.push_back(&p);
   }
-  const json first = {{"SpecialToken", {{"id", bos}, {"type_id", 0}}}};
+  static const json::json_pointer kId("/SpecialToken/id");
   for (const json* p : candidates) {
     if (!p->is_object()) continue;
     const auto single = p->find("single");
-    if (single != p->end() && single->is_array() && !single->empty() && (*single)[0] == first) {
-      return true;
-    }
+    if (single == p->end() || !single->is_array() || single->empty()) continue;
+    const json& first = (*single)[0];
+    if (first.contains(kId) && first[kId].is_string()) return first[kId].get<std::string>();
   }
-  return false;
+  return "";
 }
 
 // Sets a token, growing the list as far as its id.

@@ -17,8 +17,8 @@ class TokenizerJson {
 
   // The id of a token's text, −1 where it has none.
   int32_t IdOf(const std::string& text) const;
-  // Whether the post-processor's template begins with the bos token.
-  bool TemplateBeginsWith(const std::string& bos) const;
+  // The special token that the post-processor's template begins with, "" for none.
+  std::string TemplateBegin() const;
 
  private:
   void SetToken(std::string_view field, int64_t id, const std::string& text,

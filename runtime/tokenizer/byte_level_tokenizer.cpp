@@ -37,23 +37,14 @@ class ByteLevelTokenizer final : public Tokenizer {
   std::vector<int32_t> Encode(std::string_view text, bool allow_special) const override {
     std::vector<int32_t> ids;
     if (data_.add_bos && data_.bos >= 0) ids.push_back(data_.bos);
-    std::vector<std::string_view> words;
-    std::vector<int32_t> symbols;
-    for (const SpecialTokens::Match& outer : added_.Split(text, allow_special)) {
-      if (outer.id >= 0) {
-        ids.push_back(outer.id);
-        continue;
-      }
-      const std::string normalized = Normalize(text.substr(outer.at, outer.size));
-      for (const SpecialTokens::Match& inner : normalized_.Split(normalized, allow_special)) {
-        if (inner.id >= 0) {
-          ids.push_back(inner.id);
-        } else {
-          EncodeText(std::string_view(normalized).substr(inner.at, inner.size), words, symbols,
-                     ids);
-        }
-      }
-    }
+    EncodeBehindBos(text, allow_special, ids);
+    return ids;
+  }
+
+  std::vector<int32_t> EncodeMessages(std::span<const ChatMessage> messages) const override {
+    std::vector<int32_t> ids;
+    EncodeBehindBos(chat_.Apply(messages), true, ids);
+    BeginMessages(data_, ids);
     return ids;
   }
 
@@ -76,6 +67,26 @@ class ByteLevelTokenizer final : public Tokenizer {
   }
 
  private:
+  void EncodeBehindBos(std::string_view text, bool allow_special, std::vector<int32_t>& ids) const {
+    std::vector<std::string_view> words;
+    std::vector<int32_t> symbols;
+    for (const SpecialTokens::Match& outer : added_.Split(text, allow_special)) {
+      if (outer.id >= 0) {
+        ids.push_back(outer.id);
+        continue;
+      }
+      const std::string normalized = Normalize(text.substr(outer.at, outer.size));
+      for (const SpecialTokens::Match& inner : normalized_.Split(normalized, allow_special)) {
+        if (inner.id >= 0) {
+          ids.push_back(inner.id);
+        } else {
+          EncodeText(std::string_view(normalized).substr(inner.at, inner.size), words, symbols,
+                     ids);
+        }
+      }
+    }
+  }
+
   std::string Normalize(std::string_view text) const {
     return data_.nfc ? ToNfc(text) : std::string(text);
   }

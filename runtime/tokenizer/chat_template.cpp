@@ -49,7 +49,7 @@ void CheckRoles(std::span<const ChatMessage> messages) {
 
 }  // namespace
 
-ChatTemplate::ChatTemplate(const TokenizerData& data) : encoding_adds_bos_(data.add_bos) {
+ChatTemplate::ChatTemplate(const TokenizerData& data) {
   const std::string_view jinja = data.chat_template;
   if (data.eos >= 0) eos_ = data.tokens[static_cast<size_t>(data.eos)];
   if (jinja.find("bos_token") != std::string_view::npos && data.bos >= 0) {
@@ -66,7 +66,7 @@ std::string ChatTemplate::Apply(std::span<const ChatMessage> messages) const {
   CheckServed();
   CheckRoles(messages);
   if (format_ == Format::kLlama2) return Llama2(messages);
-  return LeadingBos() + (format_ == Format::kTurns ? Turns(messages) : Mistral(messages));
+  return bos_ + (format_ == Format::kTurns ? Turns(messages) : Mistral(messages));
 }
 
 void ChatTemplate::CheckServed() const {
@@ -77,8 +77,6 @@ void ChatTemplate::CheckServed() const {
                           format_ == Format::kNone ? "has no chat template"
                                                    : "has a chat template that is not served"));
 }
-
-std::string ChatTemplate::LeadingBos() const { return encoding_adds_bos_ ? "" : bos_; }
 
 std::string ChatTemplate::Turn::Text(std::string_view content) const {
   return fmt::format("{}{}{}", open, trim ? Trim(content) : content, close);
@@ -121,7 +119,7 @@ std::string ChatTemplate::Llama2(std::span<const ChatMessage> messages) const {
       out += fmt::format(" {} {}", Trim(content), eos_);
       continue;
     }
-    if (i > 0 || !encoding_adds_bos_) out += bos_;
+    out += bos_;
     const bool with_system = i == 0 && system.data() != nullptr;
     const std::string whole =
         with_system ? fmt::format("<<SYS>>\n{}\n<</SYS>>\n\n{}", system, content) : content;
@@ -169,6 +167,11 @@ std::string_view ChatTemplate::TakeSystem(std::span<const ChatMessage>& messages
     throw Error(ErrorClass::kUsage, "messages: end with the assistant's; expected the user's last");
   }
   return system;
+}
+
+void BeginMessages(const TokenizerData& data, std::vector<int32_t>& ids) {
+  if (!data.messages_add_bos || !data.add_bos || data.bos < 0) return;
+  if (ids.empty() || ids[0] != data.bos) ids.insert(ids.begin(), data.bos);
 }
 
 }  // namespace passel

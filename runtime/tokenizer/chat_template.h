@@ -36,16 +36,16 @@ class ChatTemplate {
   };
 
   void Recognise(std::string_view jinja);
-  bool RecogniseChatMl(std::string_view jinja, std::string_view text);
+  // `pieces` as TemplatePieces makes them, `text` all of them.
+  bool RecogniseChatMl(std::span<const std::string> pieces);
   void WriteChatMl();
-  bool RecogniseQwen3(std::string_view text);
-  bool RecogniseLlama3(std::string_view text);
-  bool RecogniseZephyr(std::string_view jinja, std::string_view text);
-  bool RecogniseLlama2(std::string_view text);
-  bool RecogniseMistral(std::string_view text);
+  bool RecogniseQwen3(std::span<const std::string> pieces, std::string_view text);
+  bool RecogniseLlama3(std::span<const std::string> pieces);
+  bool RecogniseZephyr(std::span<const std::string> pieces);
+  bool RecogniseLlama2(std::span<const std::string> pieces, std::string_view text);
+  bool RecogniseMistral(std::span<const std::string> pieces, std::string_view text);
 
   void CheckServed() const;
-  std::string LeadingBos() const;  // "" where encoding adds it
   std::string Turns(std::span<const ChatMessage> messages) const;
   std::string Llama2(std::span<const ChatMessage> messages) const;
   std::string Mistral(std::span<const ChatMessage> messages) const;
@@ -55,7 +55,6 @@ class ChatTemplate {
 
   Format format_ = Format::kUnknown;
   std::string bos_, eos_;  // as the template writes them; bos_ may be empty
-  bool encoding_adds_bos_ = false;
   Turn system_turn_, user_turn_, assistant_turn_;
   System system_ = System::kRefused;  // Mistral
   std::string generation_;            // opens the assistant's turn
@@ -64,5 +63,8 @@ class ChatTemplate {
   std::string default_system_;        // the system message where the first is none; may be empty
   std::string dates_;                 // Llama 3.1: the lines every first system message begins with
 };
+
+// Puts bos in front of the ids of messages' text where `data` asks for it and they lack it.
+void BeginMessages(const TokenizerData& data, std::vector<int32_t>& ids);
 
 }  // namespace passel

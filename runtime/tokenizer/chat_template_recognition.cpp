@@ -4,8 +4,10 @@
 
 #include <algorithm>
 #include <array>
+#include <initializer_list>
 
 #include "runtime/tokenizer/chat_template.h"
+#include "runtime/tokenizer/template_pieces.h"
 
 namespace passel {
 namespace {
@@ -16,74 +18,58 @@ bool Contains(std::string_view text, std::string_view part) {
   return text.find(part) != std::string_view::npos;
 }
 
-// The system message that a ChatML template writes out literally, "" where it has none. Jinja
-// string literals hold the line break as it is or as \n.
-std::string DefaultSystem(std::string_view jinja) {
-  static constexpr std::string_view kOpen = "<|im_start|>system", kClose = "<|im_end|>";
-  for (size_t at = jinja.find(kOpen); at != std::string_view::npos;
-       at = jinja.find(kOpen, at + 1)) {
-    std::string_view rest = jinja.substr(at + kOpen.size());
-    const size_t skip = rest.substr(0, 1) == "\n" ? 1 : rest.substr(0, 2) == "\\n" ? 2 : 0;
-    if (skip == 0) continue;
-    rest.remove_prefix(skip);
-    const std::string_view text = rest.substr(0, rest.find(kClose));
-    // A quote or brace: the literal ends before the message does, which is then a variable.
-    if (text.size() < rest.size() && !text.empty() &&
-        text.find_first_of("'\"{}\\") == std::string_view::npos) {
-      return std::string(text);
+// The pieces of a template, taken from the front where they are as expected.
+class Reader {
+ public:
+  explicit Reader(std::span<const std::string> pieces) : left_(pieces) {}
+  bool Take(std::initializer_list<std::string_view> expected) {
+    if (left_.size() < expected.size() ||
+        !std::equal(expected.begin(), expected.end(), left_.begin())) {
+      return false;
     }
+    left_ = left_.subspan(expected.size());
+    return true;
   }
-  return "";
-}
+  // An output of ChatML's system message, written out literally; "" where it is none.
+  std::string TakeLiteralSystem() {
+    static constexpr std::string_view kOpen = R"({{'<|im_start|>system\n)";
+    static constexpr std::string_view kClose = R"(<|im_end|>\n'}})";
+    std::string_view text = left_.empty() ? std::string_view() : left_[0];
+    if (!text.starts_with(kOpen) || !text.ends_with(kClose)) return "";
+    if (text.size() <= kOpen.size() + kClose.size()) return "";
+    text = text.substr(kOpen.size(), text.size() - kOpen.size() - kClose.size());
+    // A quote: the literal ends before the message does, which is then a variable.
+    if (text.find_first_of("'\"{}\\") != std::string_view::npos) return "";
+    left_ = left_.subspan(1);
+    return std::string(text);
+  }
+  bool done() const { return left_.empty(); }
 
-// Jinja with what templates of one model differ in made alike: no spaces outside of string
-// literals, these in single quotes, line breaks in them as \\n, neighbours joined, items of a
-// message by index.
-std::string Canonical(std::string_view jinja) {
-  std::string out;
-  char quote = 0;
-  for (size_t i = 0; i < jinja.size(); ++i) {
-    const char c = jinja[i];
-    if (quote == 0) {
-      if (c == '\'' || c == '"') {
-        quote = c;
-        out.push_back('\'');
-      } else if (c != ' ' && c != '\n' && c != '\t' && c != '\r') {
-        out.push_back(c);
-      }
-    } else if (c == quote) {
-      quote = 0;
-      out.push_back('\'');
-    } else if (c == '\n') {
-      out += "\\n";
-    } else {
-      out.push_back(c);
-      if (c == '\\' && i + 1 < jinja.size()) out.push_back(jinja[++i]);
-    }
-  }
-  const auto replace = [&](std::string_view from, std::string_view to) {
-    for (size_t at = 0; (at = out.find(from, at)) != std::string::npos; at += to.size()) {
-      out.replace(at, from.size(), to);
-    }
-  };
-  replace("message.role", "message['role']");
-  replace("message.content", "message['content']");
-  replace("'+'", "");
-  return out;
-}
+ private:
+  std::span<const std::string> left_;
+};
 
-// Whether the text writes line breaks or spaces that stand behind an expression (a line break
-// behind a statement is not written).
-bool WritesSpace(std::string_view jinja) {
-  for (size_t at = 0; (at = jinja.find("}}", at)) != std::string_view::npos;) {
-    const bool trims = at > 0 && jinja[at - 1] == '-';
-    at += 2;
-    const size_t next = jinja.find_first_not_of(" \t\r\n", at);
-    if (trims || next == at || next == std::string_view::npos) continue;
-    const std::string_view tag = jinja.substr(next, 3);
-    if (tag != "{%-" && tag != "{{-" && tag != "{#-") return true;
-  }
-  return false;
+constexpr std::string_view kLoop = "{%formessageinmessages%}";
+constexpr std::string_view kEndLoop = "{%endfor%}", kElse = "{%else%}", kEnd = "{%endif%}";
+constexpr std::string_view kGenerate = "{%ifadd_generation_prompt%}";
+constexpr std::string_view kSystemFirst = "{%ifmessages[0]['role']=='system'%}";
+
+// Whether all that the pieces write is among `outputs`, and their loops are over all messages.
+bool WritesOnly(std::span<const std::string> pieces, std::span<const std::string> outputs) {
+  static constexpr std::array<std::string_view, 3> kLoops = {kLoop, "{%formessageinloop_messages%}",
+                                                             "{%formessageinmessages[::-1]%}"};
+  static constexpr std::string_view kSet = "{%setloop_messages=";
+  return std::all_of(pieces.begin(), pieces.end(), [&](const std::string& piece) {
+    if (piece.starts_with("{%for")) {
+      return std::find(kLoops.begin(), kLoops.end(), piece) != kLoops.end();
+    }
+    if (piece.starts_with(kSet)) {
+      const std::string_view of = std::string_view(piece).substr(kSet.size());
+      return of == "messages%}" || of == "messages[1:]%}";
+    }
+    return !piece.starts_with("{{") || piece.starts_with("{{raise_exception(") ||
+           std::find(outputs.begin(), outputs.end(), piece) != outputs.end();
+  });
 }
 
 }  // namespace
@@ -91,47 +77,76 @@ bool WritesSpace(std::string_view jinja) {
 void ChatTemplate::Recognise(std::string_view jinja) {
   // Published ones have some 10,000 bytes; the search below is not linear.
   if (jinja.size() > kLongest) return;
-  const std::string text = Canonical(jinja);
-  if (!WritesSpace(jinja) && RecogniseQwen3(text)) {
+  const std::vector<std::string> pieces = TemplatePieces(jinja);
+  std::string text;
+  for (const std::string& piece : pieces) text += piece;
+  const bool writes_text = std::any_of(pieces.begin(), pieces.end(), [](const std::string& piece) {
+    return piece.starts_with("text");
+  });
+  if (!writes_text && RecogniseQwen3(pieces, text)) {
     format_ = Format::kTurns;
     return;
   }
   // Other reasoning models rewrite earlier turns.
   if (Contains(jinja, "<think>") || Contains(jinja, "enable_thinking")) return;
   if (Contains(text, "eos_token") && eos_.empty()) return;
-  if (RecogniseZephyr(jinja, text)) {
+  if (RecogniseZephyr(pieces)) {
     format_ = Format::kTurns;
-  } else if (WritesSpace(jinja)) {
+  } else if (writes_text) {
     return;
-  } else if (RecogniseChatMl(jinja, text) || RecogniseLlama3(text)) {
+  } else if (RecogniseChatMl(pieces) || RecogniseLlama3(pieces)) {
     format_ = Format::kTurns;
   } else if (Contains(text, "bos_token") && !bos_.empty()) {
-    if (RecogniseLlama2(text)) {
+    if (RecogniseLlama2(pieces, text)) {
       format_ = Format::kLlama2;
-    } else if (RecogniseMistral(text)) {
+    } else if (RecogniseMistral(pieces, text)) {
       format_ =
           generation_.empty() && !system_turn_.open.empty() ? Format::kTurns : Format::kMistral;
     }
   }
 }
 
-bool ChatTemplate::RecogniseChatMl(std::string_view jinja, std::string_view text) {
+// Each turn for itself, behind the system message that is written where the first is none: in the
+// loop, or before it, with the first system message too.
+bool ChatTemplate::RecogniseChatMl(std::span<const std::string> pieces) {
   static constexpr std::string_view kTurn =
-      R"('<|im_start|>'+message['role']+'\n'+message['content']+'<|im_end|>\n')";
+      R"({{'<|im_start|>'+message['role']+'\n'+message['content']+'<|im_end|>\n'}})";
   // Qwen 1.5: closes and opens turns by conditions that hold unless the assistant's is the last.
-  static constexpr std::string_view kOpenEnd =
-      R"('<|im_start|>'+message['role']+'\n'+message['content']}})"
-      R"({%if(loop.lastandadd_generation_prompt)ornotloop.last%}{{'<|im_end|>\n'}})";
-  if (!Contains(text, kTurn) && !Contains(text, kOpenEnd)) return false;
-  // A system message that is put into a variable, or bos written under a condition.
-  if (Contains(text, "system_message")) return false;
-  if (Contains(text, "bos_token") && !text.starts_with("{{bos_token}}") &&
-      !text.starts_with("{{-bos_token}}")) {
+  static constexpr std::string_view kOpenTurn =
+      R"({{'<|im_start|>'+message['role']+'\n'+message['content']}})";
+  static constexpr std::string_view kUnlessLast =
+      "{%if(loop.lastandadd_generation_prompt)ornotloop.last%}";
+  static constexpr std::string_view kClose = R"({{'<|im_end|>\n'}})";
+  static constexpr std::string_view kOpen = R"({{'<|im_start|>assistant\n'}})";
+  static constexpr std::string_view kRest =
+      "{%if(message['role']=='user')or(message['role']=='system'andnotloop.first)or"
+      "(message['role']=='assistant'andnotmessage.tool_calls)%}";
+  Reader in(pieces);
+  std::string system;
+  in.Take({"{%ifnotadd_generation_promptisdefined%}", "{%setadd_generation_prompt=false%}", kEnd});
+  in.Take({"{{bos_token}}"});
+  const bool before = in.Take(
+      {kSystemFirst, R"({{'<|im_start|>system\n'+messages[0]['content']+'<|im_end|>\n'}})"});
+  if (before && in.Take({kElse})) {
+    system = in.TakeLiteralSystem();
+    if (system.empty()) return false;
+  }
+  if ((before && !in.Take({kEnd})) || !in.Take({kLoop})) return false;
+  if (!before && in.Take({"{%ifloop.firstandmessages[0]['role']!='system'%}"})) {
+    system = in.TakeLiteralSystem();
+    if (system.empty() || !in.Take({kEnd})) return false;
+  }
+  if (before && !in.Take({kRest})) return false;
+  if (!in.Take({kTurn}) && !in.Take({kOpenTurn, kUnlessLast, kClose, kEnd})) return false;
+  if ((before && !in.Take({kEnd})) || !in.Take({kEndLoop})) return false;
+  const bool any_last = in.Take({kGenerate});
+  if (!any_last && !in.Take({"{%ifadd_generation_promptandmessages[-1]['role']!='assistant'%}"})) {
     return false;
   }
+  if (!in.Take({kOpen, kEnd}) || !in.done()) return false;
   WriteChatMl();
-  assistant_last_ = !Contains(text, "messages[-1]['role']!='assistant'");
-  default_system_ = DefaultSystem(jinja);
+  assistant_last_ = any_last;
+  default_system_ = system;
   return true;
 }
 
@@ -146,23 +161,27 @@ void ChatTemplate::WriteChatMl() {
 }
 
 // ChatML, with the reasoning of turns before the last question left out.
-bool ChatTemplate::RecogniseQwen3(std::string_view text) {
-  const auto has = [&](std::string_view with, std::string_view content) {
-    return Contains(text, fmt::format(fmt::runtime(with), content));
+bool ChatTemplate::RecogniseQwen3(std::span<const std::string> pieces, std::string_view text) {
+  const auto has = [&](std::string_view piece) {
+    return std::find(pieces.begin(), pieces.end(), piece) != pieces.end();
   };
-  const auto writes_turns = [&](std::string_view content) {
-    return has(R"('<|im_start|>'+message['role']+'\n'+{}+'<|im_end|>\n'}}}})", content) &&
-           has(R"({{%-setcontent={}.split('</think>')[-1].lstrip('\n')%}})", content);
-  };
-  if (!(writes_turns("content") || writes_turns("message['content']")) ||
-      !Contains(text, R"('<|im_start|>system\n'+messages[0].content+'<|im_end|>\n'}})") ||
-      !Contains(text, R"(not(message['content'].startswith('<tool_response>')and)"
+  if (!Contains(text, R"(not(message['content'].startswith('<tool_response>')and)"
                       R"(message['content'].endswith('</tool_response>'))%})") ||
-      !Contains(text, R"(ifloop.index0>ns.last_query_index%}{%-ifloop.lastor(notloop.last)"
+      !Contains(text, R"(ifloop.index0>ns.last_query_index%}{%ifloop.lastor(notloop.last)"
                       R"(andreasoning_content)%})") ||
-      !Contains(text, R"({%-else%}{{-'<|im_start|>'+message['role']+'\n'+content}}{%-endif%})") ||
+      !Contains(text, R"({%else%}{{'<|im_start|>'+message['role']+'\n'+content}}{%endif%})") ||
+      !Contains(text, ",last_query_index=messages|length-1)%}") ||
       Contains(text, "system_message") || Contains(text, "bos_token")) {
     return false;
+  }
+  // The last question's index, of those counted from the back.
+  static constexpr std::string_view kSet = "{%setns.last_query_index=";
+  static constexpr std::string_view kIndex = "(messages|length-1)-loop.index0%}";
+  for (const std::string& piece : pieces) {
+    if (!piece.starts_with(kSet)) continue;
+    const std::string_view value = std::string_view(piece).substr(kSet.size());
+    const bool named = value == "index%}" && has(fmt::format("{{%setindex={}", kIndex));
+    if (!named && value != kIndex && value != "messages|length-1-loop.index0%}") return false;
   }
   // How a turn begins where nobody says whether to think.
   struct Opening {
@@ -171,12 +190,32 @@ bool ChatTemplate::RecogniseQwen3(std::string_view text) {
   static constexpr std::array kOpenings = {
       Opening{"", ""}, Opening{R"(<think>\n)", "<think>\n"},
       Opening{R"(<think>\n\n</think>\n\n)", "<think>\n\n</think>\n\n"}};
+  const auto open = [](const Opening& o) {
+    return fmt::format(R"({{{{'<|im_start|>assistant\n{}'}}}})", o.jinja);
+  };
   const auto* opening = std::find_if(kOpenings.begin(), kOpenings.end(), [&](const Opening& o) {
-    const std::string with = R"({{{{-'<|im_start|>assistant\n{}'}}}}{{%-)";
-    return has(with + "endif%}}", o.jinja) ||
-           has(with + "ifenable_thinkingisdefinedandenable_thinkingisfalse%}}", o.jinja);
+    return Contains(text, open(o) + "{%endif%}") ||
+           Contains(text, open(o) + "{%ifenable_thinkingisdefinedandenable_thinkingisfalse%}");
   });
   if (opening == kOpenings.end()) return false;
+  std::vector<std::string> outputs = {
+      R"({{'<|im_start|>system\n'+messages[0]['content']+'<|im_end|>\n'}})",
+      R"({{'<|im_start|>'+message['role']+'\n'+content}})",
+      R"({{'<|im_start|>'+message['role']+'\n<think>\n'+reasoning_content.strip('\n')+)"
+      R"('\n</think>\n\n'+content.lstrip('\n')}})",
+      R"({{'<|im_end|>\n'}})", open(*opening)};
+  if (Contains(text, "enable_thinking")) {
+    outputs.emplace_back(R"({{'<think>\n\n</think>\n\n'}})");
+  }
+  bool turns = false;
+  for (const std::string_view content : {"content", "message['content']"}) {
+    const std::string turn =
+        fmt::format(R"({{{{'<|im_start|>'+message['role']+'\n'+{}+'<|im_end|>\n'}}}})", content);
+    turns |= has(turn) &&
+             has(fmt::format(R"({{%setcontent={}.split('</think>')[-1].lstrip('\n')%}})", content));
+    outputs.push_back(turn);
+  }
+  if (!turns || !has(outputs[0]) || !WritesOnly(pieces, outputs)) return false;
   WriteChatMl();
   generation_ += opening->text;
   assistant_last_ = false;  // it would be taken for reasoning to go on with
@@ -184,17 +223,45 @@ bool ChatTemplate::RecogniseQwen3(std::string_view text) {
   return true;
 }
 
-bool ChatTemplate::RecogniseLlama3(std::string_view text) {
+bool ChatTemplate::RecogniseLlama3(std::span<const std::string> pieces) {
   static constexpr std::string_view kTurn =
       R"('<|start_header_id|>'+message['role']+'<|end_header_id|>\n\n'+message['content']|trim+'<|eot_id|>')";
-  if (!Contains(text, kTurn)) return false;
-  if (Contains(text, "Cutting Knowledge Date: December 2023") &&
-      Contains(text, "date_string='26 Jul 2024'")) {
+  static constexpr std::string_view kDate = "{%setdate_string='26 Jul 2024'%}";
+  Reader in(pieces);
+  in.Take({"{{bos_token}}"});
+  in.Take({"{%ifnottools_in_user_messageisdefined%}", "{%settools_in_user_message=true%}", kEnd});
+  if (in.Take({"{%ifnotdate_stringisdefined%}"})) {
     // The date is the one the template falls back to, so that a prompt is the same every day.
+    const bool today = in.Take(
+        {"{%ifstrftime_nowisdefined%}", "{%setdate_string=strftime_now('%d %b %Y')%}", kElse});
+    if (!in.Take({kDate, kEnd}) || (today && !in.Take({kEnd}))) return false;
+    in.Take({"{%ifnottoolsisdefined%}", "{%settools=none%}", kEnd});
+    if (!in.Take({kSystemFirst, "{%setsystem_message=messages[0]['content']|trim%}",
+                  "{%setmessages=messages[1:]%}", kElse, "{%setsystem_message=''%}", kEnd,
+                  R"({{'<|start_header_id|>system<|end_header_id|>\n\n'}})",
+                  R"({{'Cutting Knowledge Date: December 2023\n'}})",
+                  R"({{'Today Date: '+date_string+'\n\n'}})", "{{system_message}}",
+                  "{{'<|eot_id|>'}}"})) {
+      return false;
+    }
     dates_ = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n";
-  } else if (Contains(text, "system_message") || Contains(text, "Knowledge Date")) {
+  }
+  in.Take({"{%setloop_messages=messages%}"});
+  if (!in.Take({kLoop}) && !in.Take({"{%formessageinloop_messages%}"})) return false;
+  // Llama 3 puts the turn into a variable, and bos before the first.
+  if (in.Take({fmt::format("{{%setcontent={}%}}", kTurn)})) {
+    if (in.Take({"{%ifloop.index0==0%}"})) {
+      if (!in.Take({"{%setcontent=bos_token+content%}", kEnd})) return false;
+    }
+    if (!in.Take({"{{content}}"})) return false;
+  } else if (!in.Take({fmt::format("{{{{{}}}}}", kTurn)})) {
     return false;
   }
+  static constexpr std::string_view kOpen =
+      R"({{'<|start_header_id|>assistant<|end_header_id|>\n\n'}})";
+  if (!in.Take({kEndLoop})) return false;
+  if (!in.Take({kOpen}) && !in.Take({kGenerate, kOpen, kEnd})) return false;
+  if (!in.done()) return false;
   const auto turn = [](std::string_view role) {
     return Turn{fmt::format("<|start_header_id|>{}<|end_header_id|>\n\n", role), "<|eot_id|>",
                 true};
@@ -206,20 +273,27 @@ bool ChatTemplate::RecogniseLlama3(std::string_view text) {
   return true;
 }
 
-bool ChatTemplate::RecogniseZephyr(std::string_view jinja, std::string_view text) {
-  // Line breaks behind the expressions are written.
-  if (!Contains(jinja, "eos_token }}\n{%") || !Contains(jinja, "{{ '<|assistant|>' }}\n{%") ||
-      Contains(text, "bos_token")) {
+// The line breaks behind its outputs are written.
+bool ChatTemplate::RecogniseZephyr(std::span<const std::string> pieces) {
+  Reader in(pieces);
+  if (!in.Take({kLoop})) return false;
+  bool first = true;
+  for (const char* role : {"user", "system", "assistant"}) {
+    if (!in.Take({fmt::format("{{%{}message['role']=='{}'%}}", first ? "if" : "elif", role),
+                  fmt::format(R"({{{{'<|{}|>\n'+message['content']+eos_token}}}})", role),
+                  "text\n"})) {
+      return false;
+    }
+    first = false;
+  }
+  if (!in.Take({kEnd, "{%ifloop.lastandadd_generation_prompt%}", "{{'<|assistant|>'}}", "text\n",
+                kEnd, kEndLoop}) ||
+      !in.done()) {
     return false;
   }
   const auto turn = [&](std::string_view role) {
     return Turn{fmt::format("<|{}|>\n", role), eos_ + "\n"};
   };
-  for (const char* role : {"system", "user", "assistant"}) {
-    const std::string branch = fmt::format(
-        R"(ifmessage['role']=='{0}'%}}{{{{'<|{0}|>\n'+message['content']+eos_token}}}})", role);
-    if (!Contains(text, branch)) return false;
-  }
   system_turn_ = turn("system");
   user_turn_ = turn("user");
   assistant_turn_ = turn("assistant");
@@ -227,15 +301,18 @@ bool ChatTemplate::RecogniseZephyr(std::string_view jinja, std::string_view text
   return true;
 }
 
-bool ChatTemplate::RecogniseLlama2(std::string_view text) {
-  return Contains(text, "bos_token+'[INST] '+content.strip()+' [/INST]'") &&
-         Contains(text, "' '+content.strip()+' '+eos_token") &&
+bool ChatTemplate::RecogniseLlama2(std::span<const std::string> pieces, std::string_view text) {
+  static const std::vector<std::string> kOutputs = {
+      "{{bos_token+'[INST] '+content.strip()+' [/INST]'}}", "{{' '+content.strip()+' '+eos_token}}",
+      R"({{'<<SYS>>\n'+content.strip()+'\n<</SYS>>\n\n'}})"};  // of a system message elsewhere
+  return WritesOnly(pieces, kOutputs) && Contains(text, kOutputs[0]) &&
+         Contains(text, kOutputs[1]) &&
          Contains(text, R"('<<SYS>>\n'+system_message+'\n<</SYS>>\n\n'+message['content'])") &&
          Contains(text, "system_message=false") && !Contains(text, "true==true");
 }
 
 // Tools change what is written around the turns; without any, these are all.
-bool ChatTemplate::RecogniseMistral(std::string_view text) {
+bool ChatTemplate::RecogniseMistral(std::span<const std::string> pieces, std::string_view text) {
   struct User {
     std::string_view jinja, open, close;
   };
@@ -263,23 +340,29 @@ bool ChatTemplate::RecogniseMistral(std::string_view text) {
   const auto user = find(kUser);
   const auto assistant = find(kAssistant);
   if (user == kUser.end() || assistant == kAssistant.end()) return false;
+  const std::string space = user->open.ends_with(' ') ? " " : "";
+  const std::string own_system =
+      fmt::format("'[SYSTEM_PROMPT]{}'+message['content']+'[/SYSTEM_PROMPT]'", space);
+  const std::string in_user =
+      fmt::format(R"('{}'+system_message+'\n\n'+message['content']+'{}')", user->open, user->close);
+  std::vector<std::string> outputs = {"{{bos_token}}"};
+  for (const std::string_view part :
+       {user->jinja, assistant->jinja, std::string_view(own_system), std::string_view(in_user)}) {
+    outputs.push_back(fmt::format("{{{{{}}}}}", part));
+  }
+  if (!WritesOnly(pieces, outputs)) return false;
   user_turn_ = {std::string(user->open), std::string(user->close)};
   assistant_turn_ = {std::string(assistant->open),
                      fmt::format("{}{}{}", assistant->before_eos, eos_, assistant->after_eos),
                      assistant->trim};
   if (!Contains(text, "system")) return Contains(text, "raise_exception");
-  const std::string space = user->open.ends_with(' ') ? " " : "";
-  if (Contains(text,
-               fmt::format("'[SYSTEM_PROMPT]{}'+message['content']+'[/SYSTEM_PROMPT]'", space))) {
+  if (Contains(text, own_system)) {
     // A turn of its own, and roles come in any order.
     system_turn_ = {"[SYSTEM_PROMPT]" + space, "[/SYSTEM_PROMPT]"};
     return !Contains(text, "system_message");
   }
   // Written before the first user's or the last one's content.
-  if (!Contains(text, fmt::format(R"('{}'+system_message+'\n\n'+message['content']+'{}')",
-                                  user->open, user->close))) {
-    return false;
-  }
+  if (!Contains(text, in_user)) return false;
   const bool first = Contains(text, "loop.firstandsystem_messageisdefined");
   if (!first && !Contains(text, "loop.lastandsystem_messageisdefined")) return false;
   system_ = first ? System::kInFirstUser : System::kInLastUser;

@@ -80,24 +80,14 @@ class SentencePieceTokenizer final : public Tokenizer {
   std::vector<int32_t> Encode(std::string_view text, bool allow_special) const override {
     std::vector<int32_t> ids;
     if (data_.add_bos && data_.bos >= 0) ids.push_back(data_.bos);
-    for (const SpecialTokens::Match& outer : added_.Split(text, allow_special)) {
-      if (outer.id >= 0) {
-        ids.push_back(outer.id);
-        continue;
-      }
-      const bool first = outer.at == 0;
-      std::string piece(text.substr(outer.at, outer.size));
-      if (data_.spaces.normalizes) piece = Normalize(piece, first);
-      for (const SpecialTokens::Match& inner : normalized_.Split(piece, allow_special)) {
-        if (inner.id >= 0) {
-          ids.push_back(inner.id);
-          continue;
-        }
-        std::string words = piece.substr(inner.at, inner.size);
-        if (!data_.spaces.normalizes) words = Normalize(words, first && inner.at == 0);
-        EncodeWords(words, ids);
-      }
-    }
+    EncodeBehindBos(text, allow_special, ids);
+    return ids;
+  }
+
+  std::vector<int32_t> EncodeMessages(std::span<const ChatMessage> messages) const override {
+    std::vector<int32_t> ids;
+    EncodeBehindBos(chat_.Apply(messages), true, ids);
+    BeginMessages(data_, ids);
     return ids;
   }
 
@@ -119,6 +109,27 @@ class SentencePieceTokenizer final : public Tokenizer {
   }
 
  private:
+  void EncodeBehindBos(std::string_view text, bool allow_special, std::vector<int32_t>& ids) const {
+    for (const SpecialTokens::Match& outer : added_.Split(text, allow_special)) {
+      if (outer.id >= 0) {
+        ids.push_back(outer.id);
+        continue;
+      }
+      const bool first = outer.at == 0;
+      std::string piece(text.substr(outer.at, outer.size));
+      if (data_.spaces.normalizes) piece = Normalize(piece, first);
+      for (const SpecialTokens::Match& inner : normalized_.Split(piece, allow_special)) {
+        if (inner.id >= 0) {
+          ids.push_back(inner.id);
+          continue;
+        }
+        std::string words = piece.substr(inner.at, inner.size);
+        if (!data_.spaces.normalizes) words = Normalize(words, first && inner.at == 0);
+        EncodeWords(words, ids);
+      }
+    }
+  }
+
   // Token text → id, of equal texts the first; tokens that stand for bytes are no text.
   TokenIds IndexTokens(bool ordinary_only) const {
     TokenIds ids;

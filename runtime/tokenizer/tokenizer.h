@@ -61,6 +61,8 @@ struct TokenizerData {
   int32_t model_vocab = std::numeric_limits<int32_t>::max();
   std::vector<int32_t> stop;  // ids that end generation (eos, eot, …)
   bool add_bos = false;
+  bool messages_add_bos =
+      true;                   // add_bos holds for messages too, unless their text begins with bos
   std::string chat_template;  // Jinja text as in the file; recognised, not interpreted
 };
 
@@ -79,6 +81,9 @@ class Tokenizer {
   // Invalid UTF-8 is encoded byte by byte. add_bos applies where the model asks for it. Ids may be
   // ones that the model cannot embed, of vocab_size() or above.
   virtual std::vector<int32_t> Encode(std::string_view text, bool allow_special) const = 0;
+  // Token ids of ApplyChatTemplate's text as it stands, special tokens recognised; bos is put in
+  // front where messages_add_bos asks for it.
+  virtual std::vector<int32_t> EncodeMessages(std::span<const ChatMessage> messages) const = 0;
   // The bytes of one token; special tokens give "" unless `keep_special`.
   virtual std::string TokenBytes(int32_t id, bool keep_special) const = 0;
   // Ids below are tokens that the model can embed.

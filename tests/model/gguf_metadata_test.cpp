@@ -103,6 +103,22 @@ TEST(GgufMetadata, SpecialTokensOfSentencePieceAreLlamasWhereNotSaid) {
   EXPECT_EQ(data.eos, -1);
 }
 
+TEST(GgufMetadata, SpecialIdsThatAreNoTokensAreIgnored) {
+  for (const bool sentence_piece : {false, true}) {
+    const TokenizerData data = GgufTokenizer(Written(
+        "_token_id",
+        [](GgufWriter& w) {
+          w.Uint32("tokenizer.ggml.bos_token_id", 0xffffffff);
+          w.Uint32("tokenizer.ggml.eos_token_id", 4000);
+          w.Uint32("tokenizer.ggml.eot_token_id", 4000);
+        },
+        sentence_piece));
+    EXPECT_EQ(data.bos, sentence_piece ? 1 : -1);
+    EXPECT_EQ(data.eos, sentence_piece ? 2 : -1);
+    for (const int32_t id : data.stop) EXPECT_LT(id, 4000);
+  }
+}
+
 // "d" is a user-defined token: a space is put in front of what follows it, as behind special ones.
 TEST(GgufMetadata, SpaceIsPutBehindUserDefinedTokens) {
   const auto tokenizer = Tokenizer::Make(GgufTokenizer(Written("_token_id", {}, true)));

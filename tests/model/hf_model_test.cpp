@@ -368,9 +368,61 @@ TEST_F(HfModelTest, RefusesTokenizersItCannotServe) {
   with([](json& t) { t["pre_tokenizer"] = nullptr; }, "pre_tokenizer");
   with([](json& t) { t["added_tokens"][0]["id"] = int64_t{1} << 40; }, "added_tokens");
   with([](json& t) { t["added_tokens"][0]["lstrip"] = 1; }, "lstrip");
+}
+
+// Ids that are no token's do not end a text.
+TEST_F(HfModelTest, IgnoresStopsThatAreNoTokens) {
+  WriteModel();
   Write("tokenizer.json", TokenizerJson().dump());
-  Write("generation_config.json", R"({"eos_token_id": 99})");
-  ExpectRefused("eos_token_id");
+  for (const char* eos : {"[-1, 9]", "[99, 9]", "[1e30, 9, \"x\"]"}) {
+    Write("generation_config.json", std::string(R"({"eos_token_id": )") + eos + "}");
+    EXPECT_EQ(Open()->tokenizer().stop, (std::vector<int32_t>{9, 2})) << eos;
+  }
+}
+
+TEST_F(HfModelTest, BosWhereTheConfigNamesNone) {
+  WriteModel();
+  json tokenizer = TokenizerJson();
+  tokenizer["post_processor"] = {
+      {"type", "TemplateProcessing"},
+      {"single", {{{"SpecialToken", {{"id", "<s>"}, {"type_id", 0}}}}, {{"Sequence", {}}}}}};
+  Write("tokenizer.json", tokenizer.dump());
+  EXPECT_EQ(Tokenizer::Make(Open()->tokenizer())->Encode("ab", true), (std::vector<int32_t>{1, 5}));
+  Write("tokenizer_config.json", R"({"eos_token": "<pad>"})");
+  EXPECT_EQ(Tokenizer::Make(Open()->tokenizer())->Encode("ab", true), (std::vector<int32_t>{1, 5}));
+  Write("tokenizer.json", TokenizerJson().dump());
+  Write("tokenizer_config.json", "{}");
+  Write("special_tokens_map.json", R"({"bos_token": {"content": "<s>"}, "eos_token": "<pad>"})");
+  const TokenizerData data = Open()->tokenizer();
+  EXPECT_EQ(data.bos, 1);
+  EXPECT_EQ(data.eos, 0);
+  EXPECT_FALSE(data.add_bos);
+}
+
+// Prompts work; messages get an error of their own.
+TEST_F(HfModelTest, ChatTemplateOfAnotherForm) {
+  WriteModel();
+  Write("tokenizer.json", TokenizerJson().dump());
+  const auto expect_unknown = [&](const std::string& what) {
+    const auto tokenizer = Tokenizer::Make(Open()->tokenizer());
+    EXPECT_EQ(tokenizer->Encode("ab", true), (std::vector<int32_t>{5}));
+    try {
+      tokenizer->EncodeMessages(std::vector<ChatMessage>{{"user", "a"}});
+      FAIL() << what;
+    } catch (const Error& e) {
+      EXPECT_EQ(e.error_class(), ErrorClass::kUsage) << what;
+      EXPECT_NE(std::string(e.what()).find("not served"), std::string::npos) << e.what();
+    }
+  };
+  for (const char* form : {R"([{"name": "rag", "template": "x"}])", R"({"default": "x"})", "[]",
+                           "7", R"([{"name": "default", "template": 1}])"}) {
+    Write("tokenizer_config.json", std::string(R"({"chat_template": )") + form + "}");
+    expect_unknown(form);
+  }
+  Write("chat_template.jinja", "");
+  expect_unknown("empty");
+  Write("chat_template.jinja", std::string((1 << 20) + 1, 'x'));
+  expect_unknown("too long");
 }
 
 }  // namespace

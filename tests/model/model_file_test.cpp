@@ -200,9 +200,6 @@ TEST(GgufModel, RefusesWhatIsMissingOrWrong) {
   w = Llama();
   w.String("llama.rope.scaling.type", "yarn");
   ExpectRefused(w, "yarn");
-  w = Llama();
-  w.Uint32("tokenizer.ggml.bos_token_id", 5);
-  ExpectRefused(w, "bos_token_id");
 }
 
 TEST(ModelFile, RefusesPathsThatAreNoModel) {

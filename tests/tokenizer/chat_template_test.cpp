@@ -135,15 +135,31 @@ TEST(ChatTemplate, TextsAreTheReferences) {
   }
 }
 
-TEST(ChatTemplate, BosIsLeftToEncodingWhereThatAddsIt) {
+// The text's ids as it stands; in front of them bos, where a GGUF file asks for it and the template
+// does not write it.
+TEST(ChatTemplate, BosOfMessages) {
+  size_t written = 0, put = 0;
   for (const Case& c : Cases()) {
     if (c.name.starts_with("not: ")) continue;
     TokenizerData data = WithBosAndEos(c.jinja);
-    const std::string with = Apply(data, c.messages[0]);
-    data.add_bos = true;
-    const std::string without = Apply(data, c.messages[0]);
-    EXPECT_EQ(with, with.starts_with("<s>") ? "<s>" + without : without) << c.name;
+    const std::string text = Apply(data, c.messages[0]);
+    const std::vector<int32_t> ids = Tokenizer::Make(data)->Encode(text, true);
+    ASSERT_EQ(text.starts_with("<s>"), ids[0] == data.bos) << c.name;
+    std::vector<int32_t> begun = ids;
+    if (ids[0] != data.bos) begun.insert(begun.begin(), data.bos);
+    ++(ids[0] == data.bos ? written : put);
+    for (const bool gguf : {false, true}) {
+      for (const bool add : {false, true}) {
+        data.messages_add_bos = gguf;
+        data.add_bos = add;
+        const auto tokenizer = Tokenizer::Make(data);
+        EXPECT_EQ(tokenizer->ApplyChatTemplate(c.messages[0]), text) << c.name;
+        EXPECT_EQ(tokenizer->EncodeMessages(c.messages[0]), gguf && add ? begun : ids) << c.name;
+      }
+    }
   }
+  EXPECT_GE(written, 5u);
+  EXPECT_GE(put, 5u);
 }
 
 TEST(ChatTemplate, SaysWhichRoleIsOutOfTurn) {
@@ -164,7 +180,8 @@ TEST(ChatTemplate, SaysWhichRoleIsOutOfTurn) {
 TEST(ChatTemplate, RefusesWhatItDoesNotKnow) {
   ExpectUsageError(WithTemplate(""), {{"user", "x"}}, "no chat template");
   ExpectUsageError(WithTemplate("[INST] {{ x }} [/INST]"), {{"user", "x"}}, "not served");
-  ExpectUsageError(WithTemplate(std::string(kSmolLm2) + "<think>"), {{"user", "x"}}, "not served");
+  ExpectUsageError(WithTemplate(std::string(kSmolLm2) + "{# <think> #}"), {{"user", "x"}},
+                   "not served");
   ExpectUsageError(WithTemplate(kSmolLm2 + std::string(100'000, ' ')), {{"user", "x"}},
                    "not served");
   ExpectUsageError(WithTemplate(kSmolLm2), {}, "is empty");

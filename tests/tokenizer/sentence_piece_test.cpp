@@ -188,6 +188,30 @@ TEST(SentencePiece, UnknownTokenWhereAByteIsMissing) {
   EXPECT_EQ(without_bytes(false)->Encode(unknown, false), (Ids{0, 0}));
 }
 
+// The text of messages is one: what stands behind the bos that the template writes is not first.
+TEST(SentencePiece, TextBehindBosIsNotFirst) {
+  for (const bool writes_bos : {false, true}) {
+    json parsed = Parsed("sentencepiece/tokenizer.json");
+    Metaspace(parsed);
+    const TempPath directory;
+    std::filesystem::create_directory(directory.str());
+    std::ofstream(directory.str() + "/tokenizer.json") << parsed.dump();
+    std::ofstream(directory.str() + "/tokenizer_config.json") << json{
+        {"bos_token", "<s>"},
+        {"chat_template",
+         std::string(writes_bos ? "{{ bos_token }}" : "") +
+             "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\\n' + "
+             "message['content'] + '<|im_end|>' + '\\n'}}{% endfor %}{% if add_generation_prompt %}"
+             "{{ '<|im_start|>assistant\\n' }}{% endif %}"}};
+    const auto made = Tokenizer::Make(model::HfTokenizer(directory.str(), 1 << 20));
+    const Ids ids = made->EncodeMessages(std::vector<ChatMessage>{{"user", "a"}});
+    std::string text;
+    for (const int32_t id : ids) text += made->TokenBytes(id, true);
+    EXPECT_EQ(text, std::string(writes_bos ? "<s>" : " ") +
+                        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n");
+  }
+}
+
 TEST(SentencePiece, SplitWordsEndTokensAtSpaces) {
   const auto whole = FromJson(Metaspace);
   const auto split = FromJson([](json& tokenizer) {

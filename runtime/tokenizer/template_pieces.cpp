@@ -1,0 +1,209 @@
+#include "runtime/tokenizer/template_pieces.h"
+
+#include <algorithm>
+#include <array>
+
+namespace passel {
+namespace {
+
+constexpr std::string_view kSpace = " \t\r\n";
+
+std::string Canonical(std::string_view jinja) {
+  std::string out;
+  char quote = 0;
+  for (size_t i = 0; i < jinja.size(); ++i) {
+    const char c = jinja[i];
+    if (quote == 0) {
+      if (c == '\'' || c == '"') {
+        quote = c;
+        out.push_back('\'');
+      } else if (kSpace.find(c) == std::string_view::npos) {
+        out.push_back(c);
+      }
+    } else if (c == quote) {
+      quote = 0;
+      out.push_back('\'');
+    } else if (c == '\n') {
+      out += "\\n";
+    } else {
+      out.push_back(c);
+      if (c == '\\' && i + 1 < jinja.size()) out.push_back(jinja[++i]);
+    }
+  }
+  const auto replace = [&](std::string_view from, std::string_view to) {
+    for (size_t at = 0; (at = out.find(from, at)) != std::string::npos; at += to.size()) {
+      out.replace(at, from.size(), to);
+    }
+  };
+  for (const std::string message : {"message", "messages[0]"}) {
+    replace(message + ".role", message + "['role']");
+    replace(message + ".content", message + "['content']");
+  }
+  replace("'+'", "");
+  return out;
+}
+
+// Where the tag that begins at `at` ends, behind its "}}" or "%}"; npos where it does not.
+size_t TagEnd(std::string_view jinja, size_t at) {
+  const std::string_view close = jinja[at + 1] == '{' ? "}}" : jinja[at + 1] == '%' ? "%}" : "#}";
+  char quote = 0;
+  for (size_t i = at + 2; i + 1 < jinja.size(); ++i) {
+    if (quote != 0) {
+      if (jinja[i] == '\\')
+        ++i;
+      else if (jinja[i] == quote)
+        quote = 0;
+    } else if (jinja.substr(i, 2) == close) {
+      return i + 2;
+    } else if (close != "#}" && (jinja[i] == '\'' || jinja[i] == '"')) {
+      quote = jinja[i];
+    }
+  }
+  return std::string_view::npos;
+}
+
+// The text between two tags as it is written.
+std::string_view Written(std::string_view text, bool behind_block, bool strip_left,
+                         bool before_block, bool strip_right, bool at_begin) {
+  if (behind_block && text.starts_with('\n')) {
+    text.remove_prefix(1);
+    at_begin = true;
+  }
+  if (strip_left) text.remove_prefix(std::min(text.find_first_not_of(kSpace), text.size()));
+  const size_t last = text.find_last_not_of(strip_right ? kSpace : " \t");
+  const size_t end = last == std::string_view::npos ? 0 : last + 1;
+  const bool line_begins = end == 0 ? at_begin && !strip_left : text[end - 1] == '\n';
+  if (strip_right || (before_block && line_begins)) text = text.substr(0, end);
+  return text;
+}
+
+std::vector<std::string> AllPieces(std::string_view jinja) {
+  if (jinja.ends_with('\n')) jinja.remove_suffix(1);
+  std::vector<std::string> pieces;
+  bool behind_block = false, strip_left = false, at_begin = true;
+  while (true) {
+    size_t at = jinja.find('{');
+    while (at != std::string_view::npos &&
+           (at + 2 >= jinja.size() ||
+            std::string_view("{%#").find(jinja[at + 1]) == std::string_view::npos)) {
+      at = jinja.find('{', at + 1);
+    }
+    const bool tag = at != std::string_view::npos;
+    const std::string_view text =
+        Written(jinja.substr(0, at), behind_block, strip_left, tag && jinja[at + 1] != '{',
+                tag && jinja[at + 2] == '-', at_begin);
+    if (!text.empty()) pieces.push_back("text" + std::string(text));
+    if (!tag) return pieces;
+    const size_t end = TagEnd(jinja, at);
+    if (end == std::string_view::npos) return {};
+    const std::string_view open = jinja.substr(at, 2), close = jinja.substr(end - 2, 2);
+    std::string_view inside = jinja.substr(at + 2, end - at - 4);
+    if (inside.starts_with('-')) inside.remove_prefix(1);
+    strip_left = inside.ends_with('-');
+    if (strip_left) inside.remove_suffix(1);
+    behind_block = open != "{{";
+    at_begin = false;
+    if (open != "{#") {
+      pieces.push_back(std::string(open) + Canonical(inside) + std::string(close));
+    }
+    jinja.remove_prefix(end);
+  }
+}
+
+// Conditions that hold for no message with a role and a content alone, and where no tools are
+// given.
+constexpr std::array kNever = {
+    std::string_view("tools"),
+    std::string_view("toolsisnotnone"),
+    std::string_view("custom_toolsisdefined"),
+    std::string_view("builtin_toolsisdefined"),
+    std::string_view("builtin_toolsisdefinedortoolsisnotnone"),
+    std::string_view("toolsisnotnoneandnottools_in_user_message"),
+    std::string_view("tools_in_user_messageandnottoolsisnone"),
+    std::string_view("toolsisnotnoneand(message==user_messages[-1])"),
+    std::string_view("message.tool_callsisdefinedandmessage.tool_callsisnotnone"),
+    std::string_view("message['tool_calls']isdefinedandmessage['tool_calls']isnotnone"),
+    std::string_view("message['role']=='tool_results'ormessage['role']=='tool'"),
+    std::string_view("message.tool_calls"),
+    std::string_view("'tool_calls'inmessage"),
+    std::string_view("message['role']=='tool'"),
+    std::string_view("message['role']=='tool'ormessage['role']=='ipython'"),
+    std::string_view("(message['role']=='tool')"),
+};
+// Such as hold for all of them.
+constexpr std::array kAlways = {
+    std::string_view(
+        "not(message['role']=='ipython'ormessage['role']=='tool'or'tool_calls'inmessage)"),
+};
+// Such as hold for all but a first system message.
+constexpr std::array kAllButFirstSystem = {
+    std::string_view("(message['role']=='user')or(message['role']=='system'andnotloop.first)or"
+                     "(message['role']=='assistant'andnotmessage.tool_calls)"),
+};
+
+bool IsOneOf(const auto& list, std::string_view condition) {
+  return std::find(list.begin(), list.end(), condition) != list.end();
+}
+
+// What the walk is in: an if's branch, or a loop.
+struct If {
+  bool loop = false;
+  bool written = false;  // the if itself, by a branch kept before or now
+  bool decided = false;  // a branch that holds always is over or open
+  bool skipping = false;
+};
+
+std::vector<std::string> WithoutTools(const std::vector<std::string>& all) {
+  std::vector<std::string> kept;
+  std::vector<If> open;
+  const auto skipping = [&] {
+    return std::any_of(open.begin(), open.end(), [](const If& i) { return i.skipping; });
+  };
+  for (const std::string& piece : all) {
+    const bool first = piece.starts_with("{%if"), other = piece.starts_with("{%elif"),
+               last = piece == "{%else%}", end = piece == "{%endif%}";
+    if (!first && open.empty() && (other || last || end)) return {};
+    const bool loop = piece.starts_with("{%for"), loop_end = piece == "{%endfor%}";
+    if (!(first || other || last || end)) {
+      if (!skipping()) kept.push_back(piece);
+      if (loop) open.push_back({.loop = true});
+      if (loop_end && (open.empty() || !open.back().loop)) return {};
+      if (loop_end) open.pop_back();
+      continue;
+    }
+    if (first) open.emplace_back();
+    If& now = open.back();
+    if (now.loop) return {};  // an else of a loop is no known template's
+    now.skipping = false;
+    const bool dead = skipping();  // by one around it
+    if (end) {
+      if (now.written && !dead) kept.push_back(piece);
+      open.pop_back();
+      continue;
+    }
+    const size_t from = first ? 4 : 6;
+    const std::string condition = last ? "" : piece.substr(from, piece.size() - from - 2);
+    if (now.decided || (!last && IsOneOf(kNever, condition))) {
+      now.skipping = true;
+      continue;
+    }
+    const bool always = last || IsOneOf(kAlways, condition);
+    now.decided = always || IsOneOf(kAllButFirstSystem, condition);
+    if (dead) continue;
+    if (now.written) {
+      kept.push_back(always ? "{%else%}" : "{%elif" + condition + "%}");
+    } else if (!always) {
+      kept.push_back("{%if" + condition + "%}");
+      now.written = true;
+    }
+  }
+  return open.empty() ? kept : std::vector<std::string>{};
+}
+
+}  // namespace
+
+std::vector<std::string> TemplatePieces(std::string_view jinja) {
+  return WithoutTools(AllPieces(jinja));
+}
+
+}  // namespace passel
