@@ -56,8 +56,10 @@ constexpr std::string_view kSystemFirst = "{%ifmessages[0]['role']=='system'%}";
 
 // Whether all that the pieces write is among `outputs`, and their loops are over all messages.
 bool WritesOnly(std::span<const std::string> pieces, std::span<const std::string> outputs) {
-  static constexpr std::array<std::string_view, 3> kLoops = {kLoop, "{%formessageinloop_messages%}",
-                                                             "{%formessageinmessages[::-1]%}"};
+  static constexpr std::array<std::string_view, 4> kLoops = {
+      kLoop, "{%formessageinloop_messages%}", "{%formessageinmessages[::-1]%}",
+      "{%formessageinloop_messages|rejectattr('role','equalto','tool')|rejectattr('role',"
+      "'equalto','tool_results')|selectattr('tool_calls','undefined')%}"};
   static constexpr std::string_view kSet = "{%setloop_messages=";
   return std::all_of(pieces.begin(), pieces.end(), [&](const std::string& piece) {
     if (piece.starts_with("{%for")) {
