@@ -69,7 +69,17 @@ bool WritesOnly(std::span<const std::string> pieces, std::span<const std::string
       const std::string_view of = std::string_view(piece).substr(kSet.size());
       return of == "messages%}" || of == "messages[1:]%}";
     }
-    return !piece.starts_with("{{") || piece.starts_with("{{raise_exception(") ||
+    if (piece.starts_with("{%")) {
+      // Neither what makes the messages others, or tools of none, nor what writes by itself.
+      static constexpr std::array kStatements = {"{%if",      "{%elif",     "{%else%}",
+                                                 "{%endif%}", "{%endfor%}", "{%set"};
+      static constexpr std::array kOthers = {"{%setmessage=", "{%setmessages=", "{%settools="};
+      const auto begins = [&](const char* with) { return piece.starts_with(with); };
+      return piece == "{%settools=none%}" ||
+             (std::any_of(kStatements.begin(), kStatements.end(), begins) &&
+              std::none_of(kOthers.begin(), kOthers.end(), begins));
+    }
+    return piece.starts_with("{{raise_exception(") ||
            std::find(outputs.begin(), outputs.end(), piece) != outputs.end();
   });
 }

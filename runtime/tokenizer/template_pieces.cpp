@@ -25,6 +25,8 @@ std::string Canonical(std::string_view jinja) {
       out.push_back('\'');
     } else if (c == '\n') {
       out += "\\n";
+    } else if (c == '\'') {
+      out += "\\'";
     } else {
       out.push_back(c);
       if (c == '\\' && i + 1 < jinja.size()) out.push_back(jinja[++i]);

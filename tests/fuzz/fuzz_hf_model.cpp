@@ -13,7 +13,7 @@ void UseTokenizer(const TokenizerData& data, const std::string& text) {
   const auto tokenizer = Tokenizer::Make(data);
   tokenizer->Encode(text, true);
   try {
-    tokenizer->ApplyChatTemplate(std::vector<ChatMessage>{{"system", "s"}, {"user", text}});
+    tokenizer->EncodeMessages(std::vector<ChatMessage>{{"system", "s"}, {"user", text}});
   } catch (const Error& e) {
     if (e.error_class() != ErrorClass::kUsage) throw;
   }
