@@ -8,7 +8,7 @@
 
 namespace passel {
 
-// A known chat format, recognised by the expressions its Jinja text contains; Jinja is not
+// A known chat format, recognised by the statements and outputs of its Jinja text; Jinja is not
 // interpreted. Where a text might write anything else than what is written here, it is not known.
 class ChatTemplate {
  public:

@@ -1,4 +1,4 @@
-// Which of the known formats a template writes: by the expressions in it.
+// Which of the known formats a template writes: by its statements and outputs.
 
 #include <fmt/format.h>
 
