@@ -9,8 +9,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   Survives([&] {
     TokenizerData tokens;
     const model::TokenizerJson json(input.path(), tokens);
-    tokens.add_bos = json.TemplateBeginsWith("<s>") && json.IdOf("<s>") >= 0;
-    tokens.bos = json.IdOf("<s>");
+    tokens.bos = json.IdOf(json.TemplateBegin());
+    tokens.add_bos = tokens.bos >= 0;
     const auto tokenizer = Tokenizer::Make(tokens);
     for (const bool special : {true, false}) {
       for (const int32_t id : tokenizer->Encode(FuzzText(data, size), special)) {

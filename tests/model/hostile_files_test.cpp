@@ -262,7 +262,12 @@ TEST_F(HostileFiles, Fifos) {
       ADD_FAILURE() << fifo << " is waited for";
       std::ofstream writer(fifo);  // lets the reader go on
     }
-    EXPECT_NE(message.get().find("not a regular file"), std::string::npos) << fifo;
+    // A chat template that cannot be read is an unknown one.
+    if (fifo.ends_with("chat_template.jinja")) {
+      EXPECT_EQ(message.get(), "");
+    } else {
+      EXPECT_NE(message.get().find("not a regular file"), std::string::npos) << fifo;
+    }
     std::filesystem::remove(fifo);
   };
   for (const char* name : kNames) {
