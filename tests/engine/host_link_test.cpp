@@ -341,8 +341,10 @@ TEST(HostLink, LargeBatchesGoInSeveralFrames) {
                  .settings = {"attention.estimator=FULL", "attention.no_dense_layers=true",
                               "attention.window=16", "host.block_tokens=256", "host.threads=2",
                               by_segment ? "engine.deterministic=true" : "engine.max_batch=4"}});
-    const HostedRequest hosted = model.Open(1, PlacementMode::kSequence, 2500, 1);
-    const uint64_t tokens = model.job().Offloaded(2500);
+    // Many partials, of many segments or of many rows.
+    const uint64_t prompt = by_segment ? 2500 : 400;
+    const HostedRequest hosted = model.Open(1, PlacementMode::kSequence, prompt, 1);
+    const uint64_t tokens = model.job().Offloaded(prompt);
     model.SendKv(hosted, 0, 0, tokens);
     const uint32_t rows = by_segment ? 300 : 1100;
     ReplyBox box;
