@@ -340,13 +340,14 @@ TEST(HostLink, LargeBatchesGoInSeveralFrames) {
                  .layers = 1,
                  .settings = {"attention.estimator=FULL", "attention.no_dense_layers=true",
                               "attention.window=16", "host.block_tokens=256", "host.threads=2",
+                              "cluster.failure_timeout_s=120",
                               by_segment ? "engine.deterministic=true" : "engine.max_batch=4"}});
     // Many partials, of many segments or of many rows.
     const uint64_t prompt = by_segment ? 2500 : 400;
     const HostedRequest hosted = model.Open(1, PlacementMode::kSequence, prompt, 1);
     const uint64_t tokens = model.job().Offloaded(prompt);
     model.SendKv(hosted, 0, 0, tokens);
-    const uint32_t rows = by_segment ? 300 : 1100;
+    const uint32_t rows = by_segment ? 220 : 1100;
     ReplyBox box;
     model.Ask(hosted, 0, 1, tokens, &box, rows);
     EXPECT_GT(box.answered.size(), 2u);
