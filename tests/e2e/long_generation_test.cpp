@@ -1,4 +1,4 @@
-// After thousands of generated tokens nothing of them is lost to attention.
+// After many generated tokens nothing of them is lost to attention.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -11,7 +11,7 @@ namespace {
 
 using nlohmann::json;
 
-constexpr int kTokens = 3000;
+constexpr int kTokens = 1500;
 // Bound on the error of a log-probability; contexts here are ten times those of tokens_test.
 constexpr double kError = 0.15;
 
