@@ -4,7 +4,9 @@ with, not to read.
 
     tools/make_random_model.py DIRECTORY [--layers 32]
 
-The tokenizer knows bytes alone. A layer's weights are cut from one block of random numbers.
+The tokenizer knows bytes alone. Weights are cut from one block of random numbers. What writes to the
+residual stream is scaled down by sqrt(2 * layers), as GPT-2 begins, and embeddings are not: as in a
+trained model, a token's own direction lasts, and layers do not amplify what rounding did to it.
 """
 
 import argparse
@@ -74,14 +76,18 @@ def main() -> None:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     rng = np.random.default_rng(1)
-    block = bf16(rng.standard_normal((1 << 25) + 1, dtype=np.float32) / np.sqrt(HIDDEN))
+    numbers = rng.standard_normal((1 << 25) + 1, dtype=np.float32)
+    inner, outer = 1 / np.sqrt(HIDDEN), 1 / np.sqrt(2 * args.layers * HIDDEN)
+    blocks = {scale: bf16(numbers * np.float32(scale)) for scale in (1, inner, outer)}
     ones = bf16(np.ones(HIDDEN))
     with open(args.directory / "model.safetensors", "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for shape in shapes.values():
+        for name, shape in shapes.items():
             if len(shape) == 1:
                 file.write(ones.tobytes())
                 continue
+            to_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            block = blocks[1 if "embed" in name else outer if to_residual else inner]
             left = int(np.prod(shape))
             start = int(rng.integers(len(block)))
             while left > 0:

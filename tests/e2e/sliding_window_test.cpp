@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 
 #include "tests/e2e/token_checks.h"
@@ -13,7 +14,9 @@ namespace {
 using nlohmann::json;
 
 constexpr uint32_t kWindow = 96;
-constexpr double kError = 0.1;
+// In float32: this model was not trained with a window, and single tokens of what it then writes
+// hang on a rounding (bf16 of AMX: log-probabilities 0.5 apart at one position).
+constexpr double kError = 0.02;
 
 template <typename T>
 void Put(std::string* out, T value) {
@@ -55,11 +58,13 @@ json From(json choice, int first) {
 
 TEST(SlidingWindow, DecodingGivesWhatPrefillGives) {
   if (!TestModel()) GTEST_SKIP() << "the test model is absent";
+  setenv("ONEDNN_MAX_CPU_ISA", "AVX2", 1);
   const TempDirectory directory;
   const std::string model = directory.File("window.gguf");
   WriteFile(model, WithWindow(ReadFile(*TestModel())));
   Job job;
-  job.settings = {"model.path=" + model, "engine.prefill_chunk=64"};
+  job.settings = {"model.path=" + model, "engine.prefill_chunk=64",
+                  "gpu.backend=CPU"};
 
   constexpr int kTokens = 150;  // the ring is written more than once over
   json prompt = json::array();
@@ -94,7 +99,8 @@ TEST(SlidingWindow, DecodingGivesWhatPrefillGives) {
   EXPECT_EQ(later.summary["hosts"][0]["kv_bytes"], 0);
 
   // The window decides: the model without it says something else.
-  job.settings = {"engine.prefill_chunk=64"};
+  job.settings = {"engine.prefill_chunk=64",
+                  "gpu.backend=CPU"};
   job.requests = {request};
   job.name = "no_window";
   job.hosts = 0;
