@@ -11,6 +11,8 @@ inline constexpr int kSums = 16;  // dot products formed together
 inline constexpr int kTile = 32;  // listed rows weighed together
 // Listed rows are prefetched this far ahead: with 32 and fewer they arrive a fifth later.
 inline constexpr size_t kRowsAhead = 64;
+// And so far ahead from L2 into L1.
+inline constexpr int kRowsNear = 4;
 
 // The head size: known when compiled (kFixed > 0), so that loops over chunks unroll, or not.
 template <uint32_t kFixed>
@@ -166,6 +168,7 @@ inline void DotNormTile(const std::byte* const* rows, const std::byte* const* ne
     PrefetchBytes(next[r], next_bytes);
     // Rows that begin anywhere in a cache line reach into one more.
     if (!Rows::kInterleaved) Prefetch(next[r] + next_bytes - 1);
+    if (r + kRowsNear < kSums) PrefetchIntoL1(rows[r + kRowsNear], next_bytes);
     const typename Rows::KPart part = Rows::K(rows[r], s.d);
     F dot0 = Simd::Zero(), dot1 = dot0, square0 = dot0, square1 = dot0;
     const auto chunk = [&](uint32_t c, bool half) __attribute__((always_inline)) {
@@ -234,6 +237,10 @@ inline __attribute__((always_inline)) void AddValues(const ListTile& tile, uint3
     const std::byte* ahead = Rows::V(tile.ahead[r], s.d).p + c * Rows::kChunkBytes;
     PrefetchBytes(ahead, kCount * Rows::kChunkBytes);
     if (!Rows::kInterleaved) Prefetch(ahead + kCount * Rows::kChunkBytes - 1);
+    if (r + kRowsNear < kTile) {
+      PrefetchIntoL1(Rows::V(tile.rows[r + kRowsNear], s.d).p + c * Rows::kChunkBytes,
+                     kCount * Rows::kChunkBytes);
+    }
     const typename Rows::Part part = Rows::V(tile.rows[r], s.d);
     const F w = Rows::Times(part, Simd::Set1(tile.weights[r]));
 #pragma GCC unroll 4

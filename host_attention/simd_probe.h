@@ -8,6 +8,9 @@ namespace {
 // third later with them, whatever the distance (docs/performance.md). Always inlined: GCC takes a
 // function that only prefetches for one without effect, and drops calls of it.
 inline __attribute__((always_inline)) void Prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+inline __attribute__((always_inline)) void PrefetchIntoL1(const std::byte* p, size_t bytes) {
+  for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch(p + at, 0, 3);
+}
 inline __attribute__((always_inline)) void PrefetchBytes(const std::byte* p, size_t bytes) {
   for (size_t at = 0; at < bytes; at += 64) Prefetch(p + at);
 }
@@ -47,8 +50,14 @@ inline size_t TakeMask(uint64_t mask, uint32_t first, uint32_t* out) {
 size_t ProbeCsr(const CsrView& table, const uint16_t* codes, uint32_t limit, uint32_t base,
                 const ProbeScratch& scratch, uint32_t* out) {
   // Bounds are prefetched kBoundsAhead tables before their buckets are, and those kIdsAhead before
-  // they are read: each is a cache miss.
-  constexpr uint32_t kBoundsAhead = 96, kIdsAhead = 48;
+  // they are read: each is a cache miss. Bounds are kept from then on: a branch on what has to come
+  // from L2 again, behind all those prefetches, is resolved late.
+  constexpr uint32_t kBoundsAhead = 96, kIdsAhead = 48, kKept = 64;
+  static_assert(kKept > kIdsAhead && (kKept & (kKept - 1)) == 0);
+  struct Bucket {
+    const uint16_t* ids;
+    size_t size;
+  } kept[kKept];
   constexpr size_t kFlush = kStagedAtOnce;
   const size_t buckets = size_t{1} << table.k;
   const uint32_t l = table.l;
@@ -61,6 +70,8 @@ size_t ProbeCsr(const CsrView& table, const uint16_t* codes, uint32_t limit, uin
   const auto prefetch_ids = [&](uint32_t t) {
     const uint16_t* bounds = bounds_of(t);
     const uint16_t* ids = table.ids + t * table.stride;
+    kept[t % kKept] = {ids + bounds[0],
+                       bounds[1] >= bounds[0] ? size_t{bounds[1]} - bounds[0] : 0};
     // The lines that the bucket lies in, four at most: beyond, the hardware's stream prefetcher has
     // caught on. How many they are is hard to predict, so the last one is asked for again instead.
     constexpr uintptr_t kLine = 64;
@@ -77,9 +88,7 @@ size_t ProbeCsr(const CsrView& table, const uint16_t* codes, uint32_t limit, uin
   for (uint32_t t = 0; t < l; ++t) {
     if (t + kBoundsAhead < l) Prefetch(bounds_of(t + kBoundsAhead));
     if (t + kIdsAhead < l) prefetch_ids(t + kIdsAhead);
-    const uint16_t* bounds = bounds_of(t);
-    const uint16_t* ids = table.ids + t * table.stride + bounds[0];
-    size_t size = bounds[1] >= bounds[0] ? size_t{bounds[1]} - bounds[0] : 0;
+    const auto [ids, size] = kept[t % kKept];
     if (size > kFlush) {
       CountStaged(ids, size, counters);
     } else {
