@@ -36,14 +36,14 @@ class ChatTemplate {
   };
 
   void Recognise(std::string_view jinja);
-  // `pieces` as TemplatePieces makes them, `text` all of them.
+  // `pieces` as TemplatePieces makes them. Each leaves its members alone where it returns false.
   bool RecogniseChatMl(std::span<const std::string> pieces);
   void WriteChatMl();
-  bool RecogniseQwen3(std::span<const std::string> pieces, std::string_view text);
+  bool RecogniseQwen3(std::span<const std::string> pieces);
   bool RecogniseLlama3(std::span<const std::string> pieces);
   bool RecogniseZephyr(std::span<const std::string> pieces);
-  bool RecogniseLlama2(std::span<const std::string> pieces, std::string_view text);
-  bool RecogniseMistral(std::span<const std::string> pieces, std::string_view text);
+  bool RecogniseLlama2(std::span<const std::string> pieces);
+  bool RecogniseMistral(std::span<const std::string> pieces);
 
   void CheckServed() const;
   std::string Turns(std::span<const ChatMessage> messages) const;

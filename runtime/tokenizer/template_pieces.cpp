@@ -130,12 +130,16 @@ constexpr std::array kNever = {
     std::string_view("'tool_calls'inmessage"),
     std::string_view("message['role']=='tool'"),
     std::string_view("message['role']=='tool'ormessage['role']=='ipython'"),
-    std::string_view("(message['role']=='tool')"),
+    std::string_view("message.reasoning_contentisstring"),
+    std::string_view("message.reasoning_contentisdefinedandmessage.reasoning_contentisnotnone"),
 };
 // Such as hold for all of them.
 constexpr std::array kAlways = {
     std::string_view(
         "not(message['role']=='ipython'ormessage['role']=='tool'or'tool_calls'inmessage)"),
+    std::string_view("not(message['role']=='tool'ormessage['role']=='tool_results'or"
+                     "(message.tool_callsisdefinedandmessage.tool_callsisnotnone))"),
+    std::string_view("message['content']isstring"),
 };
 // Such as hold for all but a first system message.
 constexpr std::array kAllButFirstSystem = {
@@ -144,14 +148,19 @@ constexpr std::array kAllButFirstSystem = {
 };
 
 bool IsOneOf(const auto& list, std::string_view condition) {
+  // Parentheses around the whole, which therefore has no others.
+  if (condition.starts_with('(') && condition.find_first_of("()", 1) == condition.size() - 1) {
+    condition = condition.substr(1, condition.size() - 2);
+  }
   return std::find(list.begin(), list.end(), condition) != list.end();
 }
 
 // What the walk is in: an if's branch, or a loop.
 struct If {
   bool loop = false;
-  bool written = false;  // the if itself, by a branch kept before or now
-  bool decided = false;  // a branch that holds always is over or open
+  bool written = false;     // the if itself, by a branch kept before or now
+  bool decided = false;     // a branch that holds always is over or open
+  bool but_system = false;  // one for all but a first system message is
   bool skipping = false;
 };
 
@@ -185,12 +194,14 @@ std::vector<std::string> WithoutTools(const std::vector<std::string>& all) {
     }
     const size_t from = first ? 4 : 6;
     const std::string condition = last ? "" : piece.substr(from, piece.size() - from - 2);
-    if (now.decided || (!last && IsOneOf(kNever, condition))) {
+    if (now.decided || (!last && IsOneOf(kNever, condition)) ||
+        (now.but_system && condition == "message['role']=='assistant'")) {
       now.skipping = true;
       continue;
     }
     const bool always = last || IsOneOf(kAlways, condition);
-    now.decided = always || IsOneOf(kAllButFirstSystem, condition);
+    now.decided = always;
+    now.but_system = IsOneOf(kAllButFirstSystem, condition);
     if (dead) continue;
     if (now.written) {
       kept.push_back(always ? "{%else%}" : "{%elif" + condition + "%}");

@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <fstream>
 #include <iostream>
+#include <map>
 #include <nlohmann/json.hpp>
 
 #include "runtime/base/error.h"
@@ -133,6 +134,54 @@ TEST(ChatTemplate, TextsAreTheReferences) {
   if (own) {
     EXPECT_GE(cases.size(), 20u);
   }
+}
+
+// As zlib counts it.
+uint32_t Crc32(const std::string& text) {
+  uint32_t crc = ~uint32_t{0};
+  for (const char c : text) {
+    crc ^= static_cast<unsigned char>(c);
+    for (int bit = 0; bit < 8; ++bit) crc = (crc >> 1) ^ (crc & 1 ? 0xedb88320u : 0);
+  }
+  return ~crc;
+}
+
+// A template of those above changed in one place, so that it writes something else: it is not
+// served, or gives what Jinja renders (chat_mutants.jsonl).
+TEST(ChatTemplate, ChangedTemplatesAreNotTakenForWhatTheyWere) {
+  if (std::getenv("PASSEL_CHAT_FIXTURE") != nullptr) GTEST_SKIP() << "for our own templates";
+  std::map<std::string, json> mutants;
+  std::ifstream file(PASSEL_SOURCE_DIR "/tests/fixtures/chat_mutants.jsonl");
+  for (std::string line; std::getline(file, line);) {
+    const json entry = json::parse(line);
+    mutants[entry["name"]] = entry["mutants"];
+  }
+  size_t changed = 0, served = 0;
+  for (const Case& c : Cases()) {
+    if (c.name.starts_with("not: ")) continue;
+    for (const json& mutant : mutants.at(c.name)) {
+      std::string jinja = c.jinja;
+      jinja.replace(mutant[0].get<size_t>(), mutant[1].get<size_t>(), mutant[2].get<std::string>());
+      const auto tokenizer = Tokenizer::Make(WithBosAndEos(jinja));
+      ++changed;
+      bool any = false;
+      for (size_t i = 0; i < c.messages.size(); ++i) {
+        std::string text;
+        try {
+          text = tokenizer->ApplyChatTemplate(c.messages[i]);
+        } catch (const Error&) {
+          continue;
+        }
+        any = true;
+        const json& expected = mutant[3][i];
+        EXPECT_EQ(expected, Crc32(text)) << c.name << ", messages " << i << ": " << jinja;
+      }
+      served += any;
+    }
+  }
+  std::cout << changed << " changed templates, " << served << " of them served\n";
+  EXPECT_GE(changed, 2000u);
+  EXPECT_LT(served, changed / 10);
 }
 
 // The text's ids as it stands; in front of them bos, where a GGUF file asks for it and the template
