@@ -25,11 +25,15 @@ void UseTokenizer(const TokenizerData& data, const std::string& text) {
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   using namespace passel;
   static const TempPath path;
-  static const std::vector<std::string> names = {
-      "config.json",         "model.safetensors.index.json",
-      "model.safetensors",   "b.safetensors",
-      "tokenizer.json",      "tokenizer_config.json",
-      "chat_template.jinja", "generation_config.json"};
+  static const std::vector<std::string> names = {"config.json",
+                                                 "model.safetensors.index.json",
+                                                 "model.safetensors",
+                                                 "b.safetensors",
+                                                 "tokenizer.json",
+                                                 "tokenizer_config.json",
+                                                 "chat_template.jinja",
+                                                 "generation_config.json",
+                                                 "special_tokens_map.json"};
   const FuzzDirectory directory(path.str(), names, FuzzParts(data, size, names.size()));
   Survives([&] {
     const auto file = model::ModelFile::Open(path.str());

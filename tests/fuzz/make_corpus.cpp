@@ -93,9 +93,10 @@ int main(int argc, char** argv) {
   const std::string generation = nlohmann::json{{"eos_token_id", {2, 3}}}.dump();
   write("hf_model", "one_file",
         Parts({config, "", weights, "", TinyModel::Tokenizer().dump(), tokenizer_config.dump(), "",
-               generation}));
+               generation, ""}));
   write("hf_model", "two_files",
         Parts({config, Index(), Shard(true), Shard(false),
-               TinyModel::SentencePieceTokenizer().dump(), "", kChatMl, ""}));
+               TinyModel::SentencePieceTokenizer().dump(), "", kChatMl, "",
+               nlohmann::json{{"bos_token", {{"content", "<s>"}}}, {"eos_token", "</s>"}}.dump()}));
   return 0;
 }

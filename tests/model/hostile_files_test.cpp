@@ -239,6 +239,7 @@ TEST_F(HostileFiles, TokenizerJson) {
         {"eos_token", "</s>"},
         {"add_bos_token", true},
         {"chat_template", {{{"name", "default"}, {"template", "[INST]"}}}}});
+  also("special_tokens_map.json", {{"bos_token", {{"content", "<s>"}}}, {"eos_token", "</s>"}});
   also("generation_config.json", {{"eos_token_id", {2, 3}}});
   Report("tokenizer.json", tally);
   EXPECT_GE(tally.files, 4000);
@@ -247,6 +248,7 @@ TEST_F(HostileFiles, TokenizerJson) {
 constexpr const char* kNames[] = {"config.json",
                                   "tokenizer.json",
                                   "tokenizer_config.json",
+                                  "special_tokens_map.json",
                                   "generation_config.json",
                                   "model.safetensors",
                                   "chat_template.jinja",

@@ -99,8 +99,9 @@ TEST_F(HostileLarge, SparseGgufs) {
 }
 
 TEST_F(HostileLarge, SparseJson) {
-  for (const char* name : {"config.json", "tokenizer.json", "tokenizer_config.json",
-                           "generation_config.json", "model.safetensors.index.json"}) {
+  for (const char* name :
+       {"config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+        "generation_config.json", "model.safetensors.index.json"}) {
     const HostileDirectory directory;
     directory.Write(name, "{");
     std::filesystem::resize_file(directory.path() + "/" + name, uint64_t{16} << 30);
