@@ -63,8 +63,7 @@ TEST(SlidingWindow, DecodingGivesWhatPrefillGives) {
   const std::string model = directory.File("window.gguf");
   WriteFile(model, WithWindow(ReadFile(*TestModel())));
   Job job;
-  job.settings = {"model.path=" + model, "engine.prefill_chunk=64",
-                  "gpu.backend=CPU"};
+  job.settings = {"model.path=" + model, "engine.prefill_chunk=64", "gpu.backend=CPU"};
 
   constexpr int kTokens = 150;  // the ring is written more than once over
   json prompt = json::array();
@@ -99,8 +98,7 @@ TEST(SlidingWindow, DecodingGivesWhatPrefillGives) {
   EXPECT_EQ(later.summary["hosts"][0]["kv_bytes"], 0);
 
   // The window decides: the model without it says something else.
-  job.settings = {"engine.prefill_chunk=64",
-                  "gpu.backend=CPU"};
+  job.settings = {"engine.prefill_chunk=64", "gpu.backend=CPU"};
   job.requests = {request};
   job.name = "no_window";
   job.hosts = 0;
