@@ -132,6 +132,21 @@ class Device {
     Add(into, scratch);
   }
 
+  // out = norm(x) Wᵀ, norm as in AddRmsNorm without a delta. x: [n, in_features] f32; normed:
+  // scratch of as many elements, of activation_type.
+  virtual void NormMatMul(Tensor x, Tensor norm, float eps, const Linear& w, Tensor out,
+                          Tensor normed) {
+    AddRmsNorm(x, {}, norm, eps, normed);
+    MatMul(w, normed, out);
+  }
+
+  // out = SiluMul of norm(x) Wᵀ. normed: as above; gate_up: scratch, [n, out_features] f32.
+  virtual void NormMatMulSilu(Tensor x, Tensor norm, float eps, const Linear& w, Tensor out,
+                              Tensor normed, Tensor gate_up) {
+    NormMatMul(x, norm, eps, w, gate_up, normed);
+    SiluMul(gate_up, out);
+  }
+
   // out[i] = row ids[i] of the weight, f32; zeros where ids[i] < 0 (a row another rank holds).
   // table: [vocab, hidden]; with tied embeddings the output weight. ids: host memory, validated by
   // the caller.

@@ -40,8 +40,8 @@ std::unique_ptr<Collectives> CudaDevice::MakeCollectives(std::unique_ptr<Collect
   if (host->size() == 1) return host;
 #ifdef PASSEL_NCCL
   if (OneGpuEach(*host)) {
-    return std::make_unique<NcclCollectives>(*this, stream_.get, std::move(host), deterministic_,
-                                             kTimeout);
+    return std::make_unique<NcclCollectives>(
+        *this, [this] { return IssueTo(); }, std::move(host), deterministic_, kTimeout);
   }
 #endif
   return std::make_unique<StagedCollectives>(*this, std::move(host));

@@ -93,6 +93,7 @@ CudaDevice::CudaDevice(const DeviceOptions& options, std::string name, uint64_t 
       ledger_(std::make_shared<Ledger>(options.memory_limit_bytes > 0 ? options.memory_limit_bytes
                                                                       : usable_bytes)),
       ring_(stream_.get) {
+  ledger_->before_free = [this] { IssueTo(); };
   void* workspace = workspace_.Get(kWorkspaceBytes);
   CheckCublas(cublasCreate(&cublas_), "cublasCreate");
   CheckCublas(cublasSetStream(cublas_, stream_.get), "cublasSetStream");
@@ -100,6 +101,7 @@ CudaDevice::CudaDevice(const DeviceOptions& options, std::string name, uint64_t 
 }
 
 CudaDevice::~CudaDevice() {
+  ledger_->before_free = nullptr;
   cudaStreamSynchronize(stream_.get);
   cublasDestroy(cublas_);
 }
@@ -114,17 +116,17 @@ std::unique_ptr<Buffer> CudaDevice::AllocateStaging(size_t bytes) {
 
 void CudaDevice::CopyToDevice(void* device, const void* host, size_t bytes) {
   if (bytes == 0 || device == host) return;
-  CheckCuda(cudaMemcpyAsync(device, host, bytes, cudaMemcpyDefault, stream_.get),
+  CheckCuda(cudaMemcpyAsync(device, host, bytes, cudaMemcpyDefault, IssueTo()),
             "cudaMemcpyAsync to the device");
 }
 
 void CudaDevice::CopyToHost(void* host, const void* device, size_t bytes) {
   if (bytes == 0 || device == host) return;
-  CheckCuda(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDefault, stream_.get),
+  CheckCuda(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDefault, IssueTo()),
             "cudaMemcpyAsync to the host");
 }
 
-std::unique_ptr<Event> CudaDevice::Record() { return std::make_unique<CudaEvent>(stream_.get); }
+std::unique_ptr<Event> CudaDevice::Record() { return std::make_unique<CudaEvent>(IssueTo()); }
 
 std::unique_ptr<Linear> CudaDevice::MakeLinear(int64_t out_features, int64_t in_features,
                                                const RowReader& rows) {
@@ -165,6 +167,60 @@ Upcoming CudaDevice::NextAfter(const std::shared_ptr<CudaWeight>& weight) {
   return {next->memory->data(), std::min(next->memory->bytes(), kBytes)};
 }
 
+cudaStream_t CudaDevice::IssueTo() {
+  if (put_off_.empty()) return stream_.get;
+  if (chain_scratch_ == nullptr) {
+    chain_scratch_ = MakeDeviceBuffer(nullptr, ProductChainScratch());
+    PrepareProductChainScratch(stream_.get, chain_scratch_->data());
+  }
+  // Gone in any case: what cannot be issued now will not be later.
+  const auto products = std::exchange(put_off_, {});
+  const auto weights = std::exchange(put_off_weights_, {});
+  LaunchProductChain(stream_.get, products, chain_scratch_->data(), chain_turn_);
+  chain_turn_ = 1 - chain_turn_;
+  return stream_.get;
+}
+
+bool CudaDevice::CanPutOff(const Linear& w, ChainedProduct* product) const {
+  constexpr int64_t kFewest = 9;  // rows; fewer are faster one product at a time
+  const CudaLinear& linear = AsCuda(w);
+  const bool silu = product->kind == ChainedProduct::Kind::kSilu;
+  product->w = linear.data();
+  product->features = linear.out_features() / (silu ? 2 : 1);
+  const Tensor &x = product->x, &out = product->out;
+  Check(x.type == DType::kBf16 && x.cols == linear.in_features(),
+        "MatMul: x does not fit the weight");
+  Check(out.type == (silu ? DType::kBf16 : DType::kF32) && out.rows == x.rows &&
+            out.cols == product->features,
+        "MatMul: out does not fit x and the weight");
+  return !deterministic_ && x.rows >= kFewest && ServesProductChains() &&
+         FitsProductChain(*product);
+}
+
+void CudaDevice::PutOff(const Linear& w, const ChainedProduct& product) {
+  if (put_off_.size() == kMaxChain ||
+      (!put_off_.empty() && put_off_.back().x.rows != product.x.rows)) {
+    IssueTo();
+  }
+  put_off_.push_back(product);
+  put_off_weights_.push_back(AsCuda(w).weight());
+}
+
+bool CudaDevice::PutOffNorm(const Tensor& x, const Tensor& norm, const Tensor& normed) {
+  if (put_off_.empty() || put_off_.size() == kMaxChain) return false;
+  ChainedProduct& last = put_off_.back();
+  if (last.kind != ChainedProduct::Kind::kAdd || last.out.data != x.data ||
+      last.out.rows != x.rows || last.out.cols != x.cols || last.out.stride != x.stride) {
+    return false;
+  }
+  Check(norm.type == DType::kF32 && norm.rows == 1 && norm.cols == x.cols &&
+            normed.rows == x.rows && normed.cols == x.cols,
+        "NormMatMul: x, norm and normed disagree");
+  last.norm = static_cast<const float*>(norm.data);
+  last.normed = normed;
+  return true;
+}
+
 // Row-major out = x Wᵀ is column-major outᵀ = W xᵀ, with W stored transposed.
 void CudaDevice::Product(const void* w, int64_t out_features, Tensor x, Tensor out,
                          bool accumulate) {
@@ -177,9 +233,40 @@ void CudaDevice::Product(const void* w, int64_t out_features, Tensor x, Tensor o
               "cublasGemmEx");
 }
 
-void CudaDevice::MatMul(const Linear& w, Tensor x, Tensor out) { Multiply(w, x, out, false); }
+// What ends a chain is issued with it; alone, it is as fast by itself.
+void CudaDevice::MatMul(const Linear& w, Tensor x, Tensor out) {
+  ChainedProduct product{.x = x, .out = out};
+  if (put_off_.empty() || !CanPutOff(w, &product)) return Multiply(w, x, out, false);
+  PutOff(w, product);
+  IssueTo();
+}
+
+void CudaDevice::NormMatMul(Tensor x, Tensor norm, float eps, const Linear& w, Tensor out,
+                            Tensor normed) {
+  ChainedProduct product{.x = normed, .out = out, .eps = eps};
+  if (!CanPutOff(w, &product) || !PutOffNorm(x, norm, normed)) {
+    return Device::NormMatMul(x, norm, eps, w, out, normed);
+  }
+  PutOff(w, product);
+  IssueTo();
+}
+
+void CudaDevice::NormMatMulSilu(Tensor x, Tensor norm, float eps, const Linear& w, Tensor out,
+                                Tensor normed, Tensor gate_up) {
+  ChainedProduct product{.x = normed, .out = out, .kind = ChainedProduct::Kind::kSilu, .eps = eps};
+  if (!CanPutOff(w, &product)) {
+    return Device::NormMatMulSilu(x, norm, eps, w, out, normed, gate_up);
+  }
+  if (!PutOffNorm(x, norm, normed)) {
+    AddRmsNorm(x, {}, norm, eps, normed);
+    product.eps = -1;
+  }
+  PutOff(w, product);
+}
 
 void CudaDevice::MatMulAdd(const Linear& w, Tensor x, Tensor into, Tensor scratch) {
+  ChainedProduct product{.x = x, .out = into, .kind = ChainedProduct::Kind::kAdd};
+  if (CanPutOff(w, &product)) return PutOff(w, product);
   if (!deterministic_) return Multiply(w, x, into, true);
   Multiply(w, x, scratch, false);
   Add(into, scratch);
@@ -196,7 +283,7 @@ void CudaDevice::Multiply(const Linear& w, Tensor x, Tensor out, bool accumulate
   if (!deterministic_) {
     const Upcoming next = NextAfter(linear.weight());
     if (FitsSkinnyMatMul(x.cols, x)) {
-      return LaunchSkinnyMatMul(stream_.get, linear.data(), features, x.cols, x, out, accumulate,
+      return LaunchSkinnyMatMul(IssueTo(), linear.data(), features, x.cols, x, out, accumulate,
                                 next);
     }
     return Product(linear.data(), features, x, out, accumulate);
@@ -213,9 +300,9 @@ void CudaDevice::Multiply(const Linear& w, Tensor x, Tensor out, bool accumulate
                        x.cols};
   for (int64_t begin = 0; begin < x.rows; begin += kRows) {
     const int64_t count = std::min(kRows, x.rows - begin);
-    LaunchConvert(stream_.get, x.Rows(begin, count), operand.Rows(0, count));
+    LaunchConvert(IssueTo(), x.Rows(begin, count), operand.Rows(0, count));
     Product(linear.data(), features, operand, product, /*accumulate=*/false);
-    LaunchConvert(stream_.get, product.Rows(0, count), out.Rows(begin, count));
+    LaunchConvert(IssueTo(), product.Rows(0, count), out.Rows(begin, count));
   }
 }
 
@@ -225,7 +312,7 @@ void CudaDevice::Embed(const Linear& table, std::span<const int32_t> ids, Tensor
   Check(out.type == DType::kF32 && out.cols == in && out.rows == static_cast<int64_t>(ids.size()),
         "Embed: shapes disagree");
   for (const int32_t id : ids) Check(id < rows, "Embed: id out of range");
-  LaunchEmbed(stream_.get, {linear.data(), DType::kBf16, rows, in, in}, ring_.Upload(ids), out);
+  LaunchEmbed(IssueTo(), {linear.data(), DType::kBf16, rows, in, in}, ring_.Upload(ids), out);
 }
 
 }  // namespace cuda

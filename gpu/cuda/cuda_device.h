@@ -8,6 +8,7 @@
 #include "gpu/cuda/check.h"
 #include "gpu/cuda/kernels.h"
 #include "gpu/cuda/memory.h"
+#include "gpu/cuda/product_chain.h"
 #include "gpu/cuda/upload_ring.h"
 #include "gpu/device.h"
 #ifdef PASSEL_CUDNN
@@ -40,6 +41,10 @@ class CudaDevice final : public Device {
                                      const RowReader& rows) override;
   void MatMul(const Linear& w, Tensor x, Tensor out) override;
   void MatMulAdd(const Linear& w, Tensor x, Tensor into, Tensor scratch) override;
+  void NormMatMul(Tensor x, Tensor norm, float eps, const Linear& w, Tensor out,
+                  Tensor normed) override;
+  void NormMatMulSilu(Tensor x, Tensor norm, float eps, const Linear& w, Tensor out, Tensor normed,
+                      Tensor gate_up) override;
   void Embed(const Linear& table, std::span<const int32_t> ids, Tensor out) override;
   void AddRmsNorm(Tensor residual, Tensor delta, Tensor weight, float eps, Tensor out) override;
   void Rope(Tensor x, int32_t head_dim, std::span<const float> inv_freq,
@@ -72,6 +77,15 @@ class CudaDevice final : public Device {
     ~Stream();
     cudaStream_t get = nullptr;
   };
+  // The stream, to which what was put off has been issued.
+  cudaStream_t IssueTo();
+  // Whether a product of w can be put off, to be one kernel with those that come next; completes
+  // it.
+  bool CanPutOff(const Linear& w, ChainedProduct* product) const;
+  void PutOff(const Linear& w, const ChainedProduct& product);
+  // Has the product put off last, where its result is x, write what the next one reads of norm(x).
+  bool PutOffNorm(const Tensor& x, const Tensor& norm, const Tensor& normed);
+
   void Multiply(const Linear& w, Tensor x, Tensor out, bool accumulate);
   void Product(const void* w, int64_t out_features, Tensor x, Tensor out, bool accumulate);
   // The beginning of what was multiplied after this weight the last time.
@@ -89,6 +103,11 @@ class CudaDevice final : public Device {
   Scratch product_scratch_, decode_scratch_, mean_scratch_, rope_scratch_;
 
   std::weak_ptr<CudaWeight> last_weight_;
+
+  std::vector<ChainedProduct> put_off_;
+  std::vector<std::shared_ptr<CudaWeight>> put_off_weights_;
+  std::unique_ptr<Buffer> chain_scratch_;
+  int chain_turn_ = 0;
 
   std::vector<float> rope_inv_freq_;  // what rope_scratch_ holds the angles of
   std::vector<int64_t> rope_positions_;

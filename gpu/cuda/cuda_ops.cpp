@@ -37,7 +37,7 @@ void CudaDevice::AddRmsNorm(Tensor residual, Tensor delta, Tensor weight, float 
         "AddRmsNorm: delta does not fit residual");
   Check(out.rows == residual.rows && out.cols == n && IsFloat(out),
         "AddRmsNorm: out does not fit residual");
-  LaunchAddRmsNorm(stream_.get, residual, delta, weight, eps, out);
+  LaunchAddRmsNorm(IssueTo(), residual, delta, weight, eps, out);
 }
 
 void CudaDevice::Rope(Tensor x, int32_t head_dim, std::span<const float> inv_freq,
@@ -54,36 +54,36 @@ void CudaDevice::Rope(Tensor x, int32_t head_dim, std::span<const float> inv_fre
     rope_positions_.assign(positions.begin(), positions.end());
     rope_inv_freq_.assign(inv_freq.begin(), inv_freq.end());
     const int64_t* device_positions = ring_.Upload(positions);
-    LaunchRopeTable(stream_.get, device_positions, x.rows, ring_.Upload(inv_freq), half, table);
+    LaunchRopeTable(IssueTo(), device_positions, x.rows, ring_.Upload(inv_freq), half, table);
   }
-  LaunchRope(stream_.get, x, head_dim, table);
+  LaunchRope(IssueTo(), x, head_dim, table);
 }
 
 void CudaDevice::SiluMul(Tensor gate_up, Tensor out) {
   Check(gate_up.type == DType::kF32 && gate_up.cols == 2 * out.cols && gate_up.rows == out.rows &&
             IsFloat(out),
         "SiluMul: shapes disagree");
-  LaunchSiluMul(stream_.get, gate_up, out);
+  LaunchSiluMul(IssueTo(), gate_up, out);
 }
 
 void CudaDevice::HeadRmsNorm(Tensor x, int32_t head_dim, Tensor weight, float eps) {
   Check(x.type == DType::kF32 && head_dim > 0 && x.cols % head_dim == 0 &&
             weight.type == DType::kF32 && weight.rows == 1 && weight.cols == x.cols,
         "HeadRmsNorm: shapes disagree");
-  LaunchHeadRmsNorm(stream_.get, x, head_dim, weight, eps);
+  LaunchHeadRmsNorm(IssueTo(), x, head_dim, weight, eps);
 }
 
 void CudaDevice::Add(Tensor into, Tensor delta) {
   Check(into.type == DType::kF32 && delta.type == DType::kF32 && into.cols == delta.cols &&
             (delta.rows == into.rows || delta.rows == 1),
         "Add: shapes disagree");
-  LaunchAdd(stream_.get, into, delta);
+  LaunchAdd(IssueTo(), into, delta);
 }
 
 void CudaDevice::Convert(Tensor in, Tensor out) {
   Check(in.rows == out.rows && in.cols == out.cols, "Convert: shapes disagree");
   Check(IsFloat(in) && IsFloat(out), "Convert: f32 and bf16 only");
-  LaunchConvert(stream_.get, in, out);
+  LaunchConvert(IssueTo(), in, out);
 }
 
 void CudaDevice::Sample(Tensor x, std::span<const SamplingRule> rules, std::span<int32_t> ids) {
@@ -91,7 +91,7 @@ void CudaDevice::Sample(Tensor x, std::span<const SamplingRule> rules, std::span
             rules.size() == ids.size(),
         "Sample: shapes disagree");
   if (x.rows == 0) return;
-  LaunchSample(stream_.get, x, ring_.Upload(rules), ids.data());
+  LaunchSample(IssueTo(), x, ring_.Upload(rules), ids.data());
 }
 
 void CudaDevice::CreateKvPool(const AttentionShape& shape, int32_t pages) {
@@ -130,14 +130,14 @@ const int64_t* CudaDevice::UploadSlots(std::span<const int32_t> pages,
 void CudaDevice::StoreKv(std::span<const int32_t> pages, std::span<const int64_t> slots, Tensor k,
                          Tensor v) {
   Check(IsFloat(k) && IsFloat(v), "StoreKv: f32 and bf16 only");
-  LaunchStoreKv(stream_.get, {pool_ ? pool_->data() : nullptr, pool_shape_},
+  LaunchStoreKv(IssueTo(), {pool_ ? pool_->data() : nullptr, pool_shape_},
                 UploadSlots(pages, slots, k, v), k, v);
 }
 
 void CudaDevice::LoadKv(std::span<const int32_t> pages, std::span<const int64_t> slots, Tensor k,
                         Tensor v) {
   Check(k.type == DType::kBf16 && v.type == DType::kBf16, "LoadKv: bf16 only");
-  LaunchLoadKv(stream_.get, {pool_ ? pool_->data() : nullptr, pool_shape_},
+  LaunchLoadKv(IssueTo(), {pool_ ? pool_->data() : nullptr, pool_shape_},
                UploadSlots(pages, slots, k, v), k, v);
 }
 
@@ -173,7 +173,7 @@ void CudaDevice::DecodeAttention(Tensor q, std::span<const KvView> views, Partia
       static_cast<size_t>(partials * DecodePartialFloats(pool_shape_)) * sizeof(float)));
   const auto [device_rows, device_pages] =
       ring_.Upload(std::span<const DecodeRow>(rows), std::span<const int32_t>(pages));
-  LaunchDecodeAttention(stream_.get, {pool_->data(), pool_shape_}, q, device_pages, device_rows,
+  LaunchDecodeAttention(IssueTo(), {pool_->data(), pool_shape_}, q, device_pages, device_rows,
                         max_splits, scratch, out);
 }
 
@@ -193,9 +193,10 @@ void CudaDevice::CausalAttention(const AttentionShape& shape, Tensor q, Tensor k
   if (q.rows == 0) return;
 #ifdef PASSEL_CUDNN
   // The bits of cuDNN's results depend on its version and, between chunk sizes, on its choices.
+  IssueTo();
   if (!deterministic_ && cudnn_attention_.Run(shape, q, k, v, start, window, out)) return;
 #endif
-  LaunchCausalAttention(stream_.get, shape, q, k, v, start, window, out);
+  LaunchCausalAttention(IssueTo(), shape, q, k, v, start, window, out);
 }
 
 void CudaDevice::SetProjections(std::span<const float> r, int32_t head_dim, int32_t k, int32_t l) {
@@ -230,7 +231,7 @@ void CudaDevice::HashCodes(Tensor x, Tensor mean, Tensor codes) {
   Check(mean.data == nullptr || (mean.type == DType::kF32 && mean.cols == x.cols &&
                                  (mean.rows == 1 || mean.rows == x.rows)),
         "HashCodes: mean does not fit x");
-  LaunchHashCodes(stream_.get, projections_->data(), hash_dim_, hash_bits_, hash_tables_, x, mean,
+  LaunchHashCodes(IssueTo(), projections_->data(), hash_dim_, hash_bits_, hash_tables_, x, mean,
                   codes);
 }
 
@@ -238,13 +239,13 @@ void CudaDevice::ColumnMean(Tensor x, Tensor mean) {
   Check(
       IsFloat(x) && mean.type == DType::kF32 && mean.rows == 1 && mean.cols == x.cols && x.rows > 0,
       "ColumnMean: shapes disagree");
-  LaunchColumnMean(stream_.get, x, mean,
+  LaunchColumnMean(IssueTo(), x, mean,
                    static_cast<double*>(mean_scratch_.Get(ColumnMeanScratch(x.rows, x.cols))));
 }
 
 void CudaDevice::ClearPartials(Partials partials) {
   CheckPartials(partials, "ClearPartials: shapes disagree");
-  LaunchClearPartials(stream_.get, partials);
+  LaunchClearPartials(IssueTo(), partials);
 }
 
 void CudaDevice::MergePartials(Partials into, Partials from, std::span<const int32_t> rows,
@@ -273,14 +274,14 @@ void CudaDevice::MergePartials(Partials into, Partials from, std::span<const int
   }
   const auto [device_entries, device_begin] =
       ring_.Upload(std::span<const MergeEntry>(entries), std::span<const int32_t>(row_begin));
-  LaunchMergePartials(stream_.get, into, from, device_entries, device_begin);
+  LaunchMergePartials(IssueTo(), into, from, device_entries, device_begin);
 }
 
 void CudaDevice::NormalizePartials(Partials partials, Tensor out) {
   CheckPartials(partials, "NormalizePartials: shapes disagree");
   Check(out.rows == partials.num.rows && out.cols == partials.num.cols && IsFloat(out),
         "NormalizePartials: out does not fit");
-  LaunchNormalizePartials(stream_.get, partials, out);
+  LaunchNormalizePartials(IssueTo(), partials, out);
 }
 
 }  // namespace passel::gpu::cuda

@@ -33,6 +33,11 @@ class DeviceBuffer final : public Buffer {
     CheckCuda(code, "cudaMalloc");
   }
   ~DeviceBuffer() override {
+    try {
+      if (ledger_ && ledger_->before_free) ledger_->before_free();
+    } catch (const Error&) {
+      // The device is lost; work issued later says so.
+    }
     cudaFree(data_);
     if (ledger_) ledger_->used -= bytes_;
   }

@@ -3,6 +3,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 
 #include "gpu/device.h"
@@ -14,6 +15,8 @@ struct Ledger {
   explicit Ledger(uint64_t limit_bytes) : limit(limit_bytes) {}
   const uint64_t limit;
   std::atomic<uint64_t> used{0};
+  // Before memory goes: issues the work that uses it, where the device has put some off.
+  std::function<void()> before_free;
 };
 
 // Device memory. `ledger`: null for memory that does not count. Freeing waits for the device, so

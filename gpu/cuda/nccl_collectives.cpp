@@ -52,11 +52,10 @@ ncclComm_t Join(const ncclUniqueId& id, int rank, int size, std::chrono::millise
 
 }  // namespace
 
-NcclCollectives::NcclCollectives(Device& device, cudaStream_t stream,
-                                 std::unique_ptr<Collectives> host, bool deterministic,
-                                 std::chrono::milliseconds timeout)
+NcclCollectives::NcclCollectives(Device& device, Stream stream, std::unique_ptr<Collectives> host,
+                                 bool deterministic, std::chrono::milliseconds timeout)
     : device_(device),
-      stream_(stream),
+      stream_(std::move(stream)),
       host_(std::move(host)),
       deterministic_(deterministic),
       timeout_(timeout) {
@@ -94,7 +93,7 @@ void NcclCollectives::ThrowIfFailed() {
 void NcclCollectives::Watch() {
   const std::lock_guard lock(mutex_);
   if (pending_) return;  // one at a time: it is behind all that was issued before
-  CheckCuda(cudaEventRecord(issued_, stream_), "cudaEventRecord");
+  CheckCuda(cudaEventRecord(issued_, stream_()), "cudaEventRecord");
   pending_ = true;
   issued_at_ = Clock::now();
   wake_.notify_one();
@@ -135,13 +134,13 @@ void NcclCollectives::AllReduceSum(std::span<float> data) {
       gathered_ = MakeDeviceBuffer(nullptr, bytes);
     }
     auto* all = static_cast<float*>(gathered_->data());
-    CheckNccl(ncclAllGather(data.data(), all, data.size(), ncclFloat32, comm_, stream_),
+    CheckNccl(ncclAllGather(data.data(), all, data.size(), ncclFloat32, comm_, stream_()),
               "ncclAllGather");
-    LaunchSumRows(stream_, all, size(), static_cast<int64_t>(data.size()), data.data());
+    LaunchSumRows(stream_(), all, size(), static_cast<int64_t>(data.size()), data.data());
   } else {
-    CheckNccl(
-        ncclAllReduce(data.data(), data.data(), data.size(), ncclFloat32, ncclSum, comm_, stream_),
-        "ncclAllReduce");
+    CheckNccl(ncclAllReduce(data.data(), data.data(), data.size(), ncclFloat32, ncclSum, comm_,
+                            stream_()),
+              "ncclAllReduce");
   }
   Watch();
 }
@@ -160,7 +159,7 @@ void NcclCollectives::AllGather(std::span<const float> in, std::span<const size_
   for (int r = 0; r < size(); ++r) {
     const size_t count = counts[static_cast<size_t>(r)];
     const void* from = r == rank() ? static_cast<const void*>(in.data()) : to;
-    CheckNccl(ncclBroadcast(from, to, count, ncclFloat32, r, comm_, stream_), "ncclBroadcast");
+    CheckNccl(ncclBroadcast(from, to, count, ncclFloat32, r, comm_, stream_()), "ncclBroadcast");
     to += count;
   }
   CheckNccl(ncclGroupEnd(), "ncclGroupEnd");

@@ -5,6 +5,7 @@
 
 #include <chrono>
 #include <condition_variable>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -23,9 +24,11 @@ namespace passel::gpu::cuda {
 // frees the stream; every later call then throws Error{kCluster}.
 class NcclCollectives final : public Collectives {
  public:
+  // The device's stream, as work is to be issued to it.
+  using Stream = std::function<cudaStream_t()>;
   // `deterministic`: sums in rank order. Throws Error{kCluster} where NCCL fails or takes longer
   // than `timeout`.
-  NcclCollectives(Device& device, cudaStream_t stream, std::unique_ptr<Collectives> host,
+  NcclCollectives(Device& device, Stream stream, std::unique_ptr<Collectives> host,
                   bool deterministic, std::chrono::milliseconds timeout);
   ~NcclCollectives() override;
 
@@ -44,7 +47,7 @@ class NcclCollectives final : public Collectives {
   void WatchdogLoop(const std::stop_token& stop);
 
   Device& device_;
-  cudaStream_t stream_;
+  Stream stream_;
   std::unique_ptr<Collectives> host_;
   bool deterministic_;
   std::chrono::milliseconds timeout_;

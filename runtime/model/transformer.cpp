@@ -272,8 +272,7 @@ void Transformer::BeforeAttention(int32_t layer, Activations& a,
   Check(layer >= 0 && layer < m.config.layers && static_cast<int64_t>(positions.size()) == a.n,
         "BeforeAttention: layer or positions");
   const Layer& w = m.layers[static_cast<size_t>(layer)];
-  m.device.AddRmsNorm(a.hidden, {}, w.attn_norm, m.config.norm_eps, a.normed);
-  m.device.MatMul(*w.qkv, a.normed, a.qkv);
+  m.device.NormMatMul(a.hidden, w.attn_norm, m.config.norm_eps, *w.qkv, a.qkv, a.normed);
   if (w.qkv_bias.data != nullptr) m.device.Add(a.qkv, w.qkv_bias);
   const Tensor qk = a.qkv.Cols(0, a.q.cols + a.k.cols);
   if (w.qk_norm.data != nullptr) {
@@ -288,9 +287,8 @@ void Transformer::AfterAttention(int32_t layer, Activations& a) const {
   Check(layer >= 0 && layer < m.config.layers, "AfterAttention: layer");
   const Layer& w = m.layers[static_cast<size_t>(layer)];
   m.MultiplyAdd(*w.o, a.attention, a);
-  m.device.AddRmsNorm(a.hidden, {}, w.ffn_norm, m.config.norm_eps, a.normed);
-  m.device.MatMul(*w.gate_up, a.normed, a.gate_up);
-  m.device.SiluMul(a.gate_up, a.ffn);
+  m.device.NormMatMulSilu(a.hidden, w.ffn_norm, m.config.norm_eps, *w.gate_up, a.ffn, a.normed,
+                          a.gate_up);
   m.MultiplyAdd(*w.down, a.ffn, a);
 }
 
@@ -298,15 +296,12 @@ void Transformer::Logits(Activations& a, int64_t first, int64_t count) const {
   const Impl& m = *impl_;
   a.Resize(a.n);
   Check(count >= 0 && count <= a.logit_capacity, "Logits: more rows than they were made for");
-  const Tensor normed = a.normed.Rows(first, count);
-  m.device.AddRmsNorm(a.hidden.Rows(first, count), {}, m.output_norm, m.config.norm_eps, normed);
   a.logits.rows = count;
-  if (m.collectives.size() == 1) {
-    m.device.MatMul(*m.output, normed, a.logits);
-    return;
-  }
   a.own_logits.rows = count;
-  m.device.MatMul(*m.output, normed, a.own_logits);
+  m.device.NormMatMul(a.hidden.Rows(first, count), m.output_norm, m.config.norm_eps, *m.output,
+                      m.collectives.size() == 1 ? a.logits : a.own_logits,
+                      a.normed.Rows(first, count));
+  if (m.collectives.size() == 1) return;
   std::vector<size_t> counts;
   for (const TensorSlice& s : m.slices) counts.push_back(static_cast<size_t>(count * s.vocab));
   auto* gathered = static_cast<float*>(a.gathered_logits.data);

@@ -23,8 +23,9 @@ class Nccl : public testing::Test {
   }
   void TearDown() override { cudaStreamDestroy(stream_); }
   std::unique_ptr<NcclCollectives> Make(bool deterministic, milliseconds timeout) {
-    return std::make_unique<NcclCollectives>(*device_, stream_, std::make_unique<SingleRank>(),
-                                             deterministic, timeout);
+    return std::make_unique<NcclCollectives>(
+        *device_, [this] { return stream_; }, std::make_unique<SingleRank>(), deterministic,
+        timeout);
   }
 
   std::unique_ptr<Device> device_;

@@ -1,0 +1,301 @@
+#pragma once
+
+#include <cuda.h>
+#include <cuda_bf16.h>
+
+#include <cstdint>
+
+#include "gpu/cuda/device_math.cuh"
+#include "gpu/cuda/product_chain.h"
+
+// What the kernel of product_chain.cu is made of: its arguments, how blocks hand sums to each
+// other, and what becomes of them.
+namespace passel::gpu::cuda {
+
+constexpr int kConsumers = 256;  // two warpgroups
+constexpr int kThreads =
+    kConsumers + 4 * 32;  // and a warp for copies of weights, one for x, two for the norm
+constexpr int kWarps = kConsumers / 32;
+constexpr int kStep = 64;  // elements of k
+constexpr int kHalf = 64;  // features of a warpgroup
+constexpr int kTileFeatures = 2 * kHalf;
+constexpr int kHalfBytes = kHalf * kStep * 2;  // of weights in a step
+constexpr int kWeightBytes = 2 * kHalfBytes;   // a place in the ring of weights
+constexpr int kSharedBytes = 227 * 1024;
+constexpr int kReserved = 2048;  // alignment, barriers, factors
+// Of weights, copies that a block has under way: more make all that others wait for slower. Where
+// its ring is full, a step goes to L2 every so many cycles, up to some.
+constexpr int kUnderWay = 4, kAhead = 8, kPace = 2600;
+constexpr int kSlots = 2;         // of a block: for its first tile and its last, which it shares
+constexpr int kMostParts = 1024;  // sums of squares of a row: 4 a tile, and tiles are few
+constexpr int kCounters = 64;
+
+// A product of a chain.
+struct Phase {
+  CUtensorMap w, x;
+  Tensor out, normed;
+  const float* norm;
+  float eps;  // of the norm that x lacks the factor of; < 0: none
+  int32_t features, steps, tiles, blocks;
+  int32_t k;
+  int32_t x_parts;  // sums of squares of a row of x
+  int32_t parts;
+  bool add, silu;
+};
+
+struct ChainArgs {
+  Phase phases[kMaxChain];
+  int32_t count, n;
+  float* sums;         // [blocks, kSlots, tile]
+  float* squares;      // [2, kMaxChainRows, kMostParts]
+  uint32_t* counters;  // first those of the phases
+  uint32_t* stale;     // what the next chain counts with
+};
+
+template <int kRows>
+struct Shape {
+  static constexpr int kRowBytes = kRows * kStep * 2;
+  static constexpr int kXStages = kRows == 64 ? 6 : 8;
+  static constexpr int kStages = (kSharedBytes - kReserved - kXStages * kRowBytes) / kWeightBytes;
+  static constexpr int kSumFloats = kTileFeatures * kRows;
+};
+
+// The consumers and the warps for the norm.
+enum Meeting { kFactors = 2, kFinished };
+template <Meeting kWhich>
+__device__ inline void Meet() {
+  asm volatile("bar.sync %0, %1;" ::"n"(static_cast<int>(kWhich)), "n"(kConsumers + 64) : "memory");
+}
+__device__ inline void Count(uint32_t* counter) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+}
+__device__ inline void WaitForCount(const uint32_t* counter, uint32_t count) {
+  uint32_t now;
+  do {
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory");
+  } while (now < count);
+}
+
+// Sums on their way from block to block say themselves whether they are there: memory holds a NaN
+// that no sum is, until they come, and again when they have been read. That is faster than to
+// write, to wait for that, and to count.
+constexpr uint32_t kMissing = 0xffffffff;
+__device__ inline float4 Missing() {
+  const float m = __uint_as_float(kMissing);
+  return {m, m, m, m};
+}
+__device__ inline float Present(float sum) {
+  return __float_as_uint(sum) == kMissing ? __uint_as_float(0x7fffffff) : sum;
+}
+__device__ inline bool AreThere(const float4& v) {
+  return __float_as_uint(v.x) != kMissing && __float_as_uint(v.y) != kMissing &&
+         __float_as_uint(v.z) != kMissing && __float_as_uint(v.w) != kMissing;
+}
+__device__ inline float4 LoadSums(const float* from) {
+  float4 v;
+  asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "l"(from)
+               : "memory");
+  return v;
+}
+__device__ inline void StoreSums(float* to, const float4& v) {
+  asm volatile("st.relaxed.gpu.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(v.x), "f"(v.y),
+               "f"(v.z), "f"(v.w)
+               : "memory");
+}
+
+__device__ inline int32_t FirstUnit(const Phase& p, int block) {
+  return p.tiles * p.steps * block / p.blocks;
+}
+__device__ inline int BlockOf(const Phase& p, int32_t unit) {
+  return ((unit + 1) * p.blocks - 1) / (p.tiles * p.steps);
+}
+
+// A place in a ring and how often it has come around.
+template <int kPlaces>
+struct Ring {
+  int place = 0;
+  uint32_t turn = 0;
+  __device__ void Advance() {
+    if (++place == kPlaces) {
+      place = 0;
+      turn ^= 1;
+    }
+  }
+};
+
+// What a block finishes of a tile: items first, first + sharers, …
+struct Share {
+  int32_t tile = 0;
+  int first_block = 0;  // of those that hold sums of it
+  int sharers = 0;
+  int first_slot = 0;  // where the first block has them; the others: 0
+  int first = 0, items = 0;
+};
+
+__device__ inline Share ShareOf(const Phase& p, int32_t tile, int block, int columns) {
+  Share s;
+  s.tile = tile;
+  s.first_block = BlockOf(p, tile * p.steps);
+  s.sharers = BlockOf(p, (tile + 1) * p.steps - 1) - s.first_block + 1;
+  s.first_slot = FirstUnit(p, s.first_block) / p.steps == tile ? 0 : 1;
+  s.first = block - s.first_block;
+  s.items = (4 * columns - s.first + s.sharers - 1) / s.sharers;
+  return s;
+}
+
+// What becomes of a warp's sums of 16 features × 8 rows of x. Of SiLU, these are the gates of 8
+// features and their ups, so a thread has both.
+struct Piece {
+  int feature = 0, row = 0;  // of the thread's first sum
+  float before[4] = {}, weight[2] = {};
+
+  // `part`: which 16 of the tile's features.
+  __device__ void Load(const ChainArgs& args, const Phase& p, int32_t tile, int part, int column) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    row = column * 8 + lane % 4 * 2;
+    feature = (tile * 8 + part) * (p.silu ? 8 : 16) + lane / 4;
+    if (!p.add) return;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int f = feature + i / 2 * 8;
+      if (f < p.features && row + i % 2 < args.n)
+        before[i] = __ldcg(F32Row(p.out, row + i % 2) + f);
+      if (p.norm != nullptr && i % 2 == 0 && f < p.features) weight[i / 2] = __ldg(p.norm + f);
+    }
+  }
+
+  // Adds its squares to `square`, of rows row and row + 1.
+  __device__ void Store(const ChainArgs& args, const Phase& p, const float* factors, float4 sums,
+                        float (&square)[2]) const {
+    float v[4] = {sums.x, sums.y, sums.z, sums.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (p.eps >= 0) v[i] *= factors[row + i % 2];
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int f = feature + i / 2 * 8;
+      if (f >= p.features || row + i % 2 >= args.n) continue;
+      if (p.silu) {
+        if (i >= 2) break;
+        static_cast<__nv_bfloat16*>(p.out.data)[(row + i) * p.out.stride + f] =
+            __float2bfloat16_rn(v[2 + i] * (v[i] / (1.0f + expf(-v[i]))));
+        continue;
+      }
+      const float value = before[i] + v[i];
+      F32Row(p.out, row + i % 2)[f] = value;
+      if (p.norm == nullptr) continue;
+      square[i % 2] = fmaf(value, value, square[i % 2]);
+      static_cast<__nv_bfloat16*>(p.normed.data)[(row + i % 2) * p.normed.stride + f] =
+          __float2bfloat16_rn(value * weight[i / 2]);
+    }
+  }
+};
+
+// By a warp, of one piece or two.
+__device__ inline void StoreSquares(float* squares, int part, int row, float (&square)[2]) {
+#pragma unroll
+  for (int offset = 4; offset < 32; offset *= 2) {
+    square[0] += __shfl_xor_sync(0xffffffffu, square[0], offset);
+    square[1] += __shfl_xor_sync(0xffffffffu, square[1], offset);
+  }
+  if (threadIdx.x % 32 < 4) {
+    float* to = squares + part * kMaxChainRows + row;
+    to[0] = square[0];
+    to[1] = square[1];
+  }
+}
+
+// One item of a tile: two pieces, of the same rows of x, one of either half of the features.
+template <int kRows>
+__device__ inline void Finish(const ChainArgs& args, const Phase& p, float* squares,
+                              const float* factors, const Share& share, int item, int columns) {
+  constexpr int kToHigh = 4 * (kRows / 8) * 128, kAtOnce = 4;
+  const int quarter = item / columns, column = item % columns;
+  Piece pieces[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    pieces[half].Load(args, p, share.tile, half * 4 + quarter, column);
+  }
+  float4 sum[2] = {};
+  float* from = args.sums + (quarter * (kRows / 8) + column) * 128 + threadIdx.x % 32 * 4;
+  for (int first = 0; first < share.sharers; first += kAtOnce) {
+    float4 got[kAtOnce][2] = {};
+    float* at[kAtOnce];
+#pragma unroll
+    for (int e = 0; e < kAtOnce; ++e) {
+      const int slot = first + e == 0 ? share.first_slot : 0;
+      at[e] = from +
+              (int64_t{share.first_block + first + e} * kSlots + slot) * Shape<kRows>::kSumFloats;
+    }
+    bool there;
+    do {
+      there = true;
+#pragma unroll
+      for (int e = 0; e < kAtOnce; ++e) {
+        if (first + e >= share.sharers) break;
+        got[e][0] = LoadSums(at[e]);
+        got[e][1] = LoadSums(at[e] + kToHigh);
+      }
+#pragma unroll
+      for (int e = 0; e < kAtOnce; ++e) {
+        if (first + e >= share.sharers) break;
+        there = there && AreThere(got[e][0]) && AreThere(got[e][1]);
+      }
+    } while (!there);
+#pragma unroll
+    for (int e = 0; e < kAtOnce; ++e) {
+      if (first + e >= share.sharers) break;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        StoreSums(at[e] + half * kToHigh, Missing());
+        sum[half].x += got[e][half].x, sum[half].y += got[e][half].y;
+        sum[half].z += got[e][half].z, sum[half].w += got[e][half].w;
+      }
+    }
+  }
+  float square[2] = {};
+#pragma unroll
+  for (int half = 0; half < 2; ++half) pieces[half].Store(args, p, factors, sum[half], square);
+  if (p.norm != nullptr) {
+    StoreSquares(squares, share.tile * 4 + quarter, pieces[0].row, square);
+  }
+}
+
+// factors[row] = 1/rms of up to 32 rows, by a warp: four rows a thread, the parts shared out.
+template <int kRows>
+__device__ inline void MakeFactors(const Phase& p, const float* squares, float* factors) {
+  constexpr int kFours = (kRows < 32 ? kRows : 32) / 4, kGroups = 32 / kFours, kAtOnce = 16;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const float* from = squares + lane % kFours * 4;
+  float sum[4] = {};
+  for (int first = lane / kFours; first < p.x_parts; first += kAtOnce * kGroups) {
+    float4 squares_of[kAtOnce];
+#pragma unroll
+    for (int e = 0; e < kAtOnce; ++e) {
+      const int part = first + e * kGroups;
+      squares_of[e] = part < p.x_parts
+                          ? __ldcg(reinterpret_cast<const float4*>(from + part * kMaxChainRows))
+                          : float4{};
+    }
+#pragma unroll
+    for (int e = 0; e < kAtOnce; ++e) {
+      sum[0] += squares_of[e].x, sum[1] += squares_of[e].y;
+      sum[2] += squares_of[e].z, sum[3] += squares_of[e].w;
+    }
+  }
+#pragma unroll
+  for (int e = 0; e < 4; ++e) {
+#pragma unroll
+    for (int offset = kFours; offset < 32; offset *= 2) {
+      sum[e] += __shfl_xor_sync(0xffffffffu, sum[e], offset);
+    }
+    if (lane < kFours) {
+      factors[lane * 4 + e] = 1.0f / sqrtf(sum[e] / static_cast<float>(p.k) + p.eps);
+    }
+  }
+}
+
+}  // namespace passel::gpu::cuda

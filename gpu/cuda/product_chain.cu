@@ -1,0 +1,419 @@
+// Products with some tens of rows (decode of a batch), one after another in one kernel whose blocks
+// fill a processor each: bound by reading the weights once, which must never stop.
+//
+// Weights go by the copy engine into a ring of shared memory, issued by a thread that waits for
+// room in the ring alone, so that across the ends of products the next weight is on its way. x goes
+// into a ring of its own, by a thread that waits for the product before. Two warpgroups multiply.
+// The work of a product, tiles of features × steps of k, is cut into equal runs, one a block. A
+// tile's sums come from the blocks that share it, through memory that L2 holds; each of them then
+// finishes a part of the tile, adding in the order of k: bits depend on the shape alone.
+// The norm between two products is in them: the one before writes x · weight and the sums of
+// squares, the one after multiplies its sums by 1/rms.
+
+#include <cudaTypedefs.h>
+
+#include <algorithm>
+
+#include "gpu/cuda/chain_parts.cuh"
+#include "gpu/cuda/copy_engine.cuh"
+#include "gpu/cuda/product_chain.h"
+#include "gpu/cuda/warpgroup.cuh"
+#include "runtime/base/error.h"
+
+namespace passel::gpu::cuda {
+namespace {
+
+// The units of a block, product by product.
+struct Units {
+  const ChainArgs& args;
+  int i = -1;
+  int32_t u = 0, end = 0;
+  __device__ bool Next() {
+    while (++u >= end) {
+      if (++i >= args.count) return false;
+      const Phase& p = args.phases[i];
+      const int block = static_cast<int>(blockIdx.x);
+      if (block >= p.blocks) continue;
+      u = FirstUnit(p, block) - 1;
+      end = FirstUnit(p, block + 1);
+    }
+    return true;
+  }
+  __device__ int32_t column() const { return u % args.phases[i].steps * kStep; }
+  // Of the tile in the map of the weights.
+  __device__ void Place(int32_t (&at)[4]) const {
+    const Phase& p = args.phases[i];
+    const int32_t tile = u / p.steps;
+    at[0] = u % p.steps * kStep;
+    at[1] = p.silu ? 0 : tile * kTileFeatures;
+    at[2] = 0;
+    at[3] = p.silu ? tile * 8 : 0;
+  }
+};
+
+template <int kRows>
+__global__ void __launch_bounds__(kThreads, 1) ChainKernel(const __grid_constant__ ChainArgs args) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  using S = Shape<kRows>;
+  extern __shared__ uint8_t dynamic[];
+  uint8_t* const weights = dynamic + (1024 - SharedAddress(dynamic) % 1024) % 1024;
+  uint8_t* const rows = weights + S::kStages * kWeightBytes;
+  auto* const weights_full = reinterpret_cast<uint64_t*>(rows + S::kXStages * S::kRowBytes);
+  uint64_t* const weights_free = weights_full + S::kStages;
+  uint64_t* const rows_full = weights_free + S::kStages;
+  uint64_t* const rows_free = rows_full + S::kXStages;
+  auto* const factors = reinterpret_cast<float*>(rows_free + S::kXStages);
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
+  const int block = static_cast<int>(blockIdx.x);
+  if (thread == 0) {
+    for (int i = 0; i < S::kStages; ++i) {
+      InitBarrier(weights_full + i, 1);
+      InitBarrier(weights_free + i, kWarps);
+    }
+    for (int i = 0; i < S::kXStages; ++i) {
+      InitBarrier(rows_full + i, 1);
+      InitBarrier(rows_free + i, kWarps);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __syncthreads();
+  LetNextKernelStart();
+
+  if (warp == kWarps) {
+    if (lane == 0) {
+      const uint64_t policy = EvictFirst();
+      Ring<S::kStages> ring, arrived;
+      int under_way = 0, ahead = 0;
+      Units units{args}, early{args};
+      int64_t last = clock64();
+      while (units.Next()) {
+        if (under_way == kUnderWay) {
+          WaitForParity(weights_full + arrived.place, arrived.turn);
+          arrived.Advance();
+        } else {
+          ++under_way;
+        }
+        if (ahead == 0) {
+          early.i = units.i;
+          early.u = units.u;
+          early.end = units.end;
+        } else {
+          --ahead;
+        }
+        while (!IsOverNow(weights_free + ring.place, ring.turn ^ 1)) {
+          const int64_t now = clock64();
+          if (now - last < kPace || ahead == kAhead || !early.Next()) continue;
+          last = now;
+          ++ahead;
+          int32_t at[4];
+          early.Place(at);
+          PrefetchTile(args.phases[early.i].w, at);
+        }
+        last = clock64();
+        uint64_t* full = weights_full + ring.place;
+        int32_t at[4];
+        units.Place(at);
+        ArriveAndExpect(full, kWeightBytes);
+        CopyTileOnce(weights + ring.place * kWeightBytes, args.phases[units.i].w, at, full, policy);
+        ring.Advance();
+      }
+    }
+    WaitForEarlierKernels();
+    return;
+  }
+  WaitForEarlierKernels();
+  if (warp == kWarps + 1) {
+    if (lane != 0) return;
+    Ring<S::kXStages> ring;
+    Units units{args};
+    int phase = 0;
+    while (units.Next()) {
+      if (units.i != phase) {
+        phase = units.i;
+        WaitForCount(args.counters + phase - 1, gridDim.x);
+        FenceCopyEngine();
+      }
+      WaitForParity(rows_free + ring.place, ring.turn ^ 1);
+      ArriveAndExpect(rows_full + ring.place, S::kRowBytes);
+      CopyTile(rows + ring.place * S::kRowBytes, args.phases[phase].x, 0, units.column(),
+               rows_full + ring.place);
+      ring.Advance();
+    }
+    return;
+  }
+  if (warp >= kWarps + 2) {
+    const int first_row = (warp - kWarps - 2) * 32;
+    for (int i = 0; i < args.count; ++i) {
+      const Phase& p = args.phases[i];
+      if (block < p.blocks) {
+        if (p.eps >= 0) {
+          if (first_row < kRows) {
+            if (lane == 0) WaitForCount(args.counters + i - 1, gridDim.x);
+            __syncwarp();
+            const float* squares = args.squares + (i + 1) % 2 * kMaxChainRows * kMostParts;
+            MakeFactors<kRows>(p, squares + first_row, factors + first_row);
+          }
+          Meet<kFactors>();
+        }
+      }
+      if (i + 1 < args.count) {
+        Meet<kFinished>();
+        if (thread == kConsumers + 64) Count(args.counters + i);
+      }
+    }
+    return;
+  }
+
+  if (block == 0 && thread < kCounters) args.stale[thread] = 0;
+  const int half = warp / 4;
+  const int columns = (args.n + 7) / 8;
+  Ring<S::kStages> ring;
+  Ring<S::kXStages> x_ring;
+  for (int i = 0; i < args.count; ++i) {
+    const Phase& p = args.phases[i];
+    float* squares = args.squares + i % 2 * kMaxChainRows * kMostParts;
+    if (block < p.blocks) {
+      const int32_t begin = FirstUnit(p, block), end = FirstUnit(p, block + 1);
+      const int32_t first_tile = begin / p.steps;
+      bool has_factors = p.eps < 0;
+      Share first_share, last_share;
+      for (int32_t u = begin; u < end;) {
+        const int32_t tile = u / p.steps;
+        const int32_t tile_end = (tile + 1) * p.steps, stop = min(tile_end, end);
+        // Squares are summed where a tile is finished by its sharers, one or more.
+        const bool whole = u == tile * p.steps && end >= tile_end && p.norm == nullptr;
+        float acc[kRows / 2] = {};
+        int held = -1, x_held = -1;
+        for (; u < stop; ++u) {
+          WaitForParity(rows_full + x_ring.place, x_ring.turn);
+          WaitForParity(weights_full + ring.place, ring.turn);
+          const uint64_t a =
+              TileDescriptor(weights + ring.place * kWeightBytes + half * kHalfBytes);
+          const uint64_t b = TileDescriptor(rows + x_ring.place * S::kRowBytes);
+          BeginProducts();
+#pragma unroll
+          for (int j = 0; j < kStep / 16; ++j) WarpgroupMultiplyAdd(acc, a + 2 * j, b + 2 * j);
+          CommitProducts();
+          WaitForProducts<1>();  // the step before is through
+          if (lane == 0 && held >= 0) {
+            Arrive(weights_free + held);
+            Arrive(rows_free + x_held);
+          }
+          held = ring.place;
+          x_held = x_ring.place;
+          ring.Advance();
+          x_ring.Advance();
+        }
+        WaitForProducts<0>();
+        if (lane == 0) {
+          Arrive(weights_free + held);
+          Arrive(rows_free + x_held);
+        }
+#pragma unroll
+        for (int e = 0; e < kRows / 2; ++e) asm volatile("" : "+f"(acc[e])::"memory");
+        if (whole) {
+          if (!has_factors) Meet<kFactors>();
+          has_factors = true;
+#pragma unroll
+          for (int j = 0; j < kRows / 8; ++j) {
+            if (j >= columns) break;
+            float square[2] = {};
+            Piece piece;
+            piece.Load(args, p, tile, warp, j);
+            piece.Store(args, p, factors,
+                        {acc[j * 4], acc[j * 4 + 1], acc[j * 4 + 2], acc[j * 4 + 3]}, square);
+          }
+          continue;
+        }
+        float* to = args.sums +
+                    (int64_t{block} * kSlots + (tile == first_tile ? 0 : 1)) * S::kSumFloats +
+                    lane * 4;
+#pragma unroll
+        for (int j = 0; j < kRows / 8; ++j) {
+          if (j >= columns) break;
+          StoreSums(to + (warp * (kRows / 8) + j) * 128,
+                    {Present(acc[j * 4]), Present(acc[j * 4 + 1]), Present(acc[j * 4 + 2]),
+                     Present(acc[j * 4 + 3])});
+        }
+        (tile == first_tile ? first_share : last_share) = ShareOf(p, tile, block, columns);
+      }
+      if (!has_factors) Meet<kFactors>();
+      for (int item = warp; item < first_share.items + last_share.items; item += kWarps) {
+        const bool last = item >= first_share.items;
+        const Share share = last ? last_share : first_share;
+        const int own = last ? item - first_share.items : item;
+        Finish<kRows>(args, p, squares, factors, share, share.first + own * share.sharers, columns);
+      }
+    }
+    if (i + 1 < args.count) {
+      FenceCopyEngine();  // what was written here is read by copy engines
+      Meet<kFinished>();
+    }
+  }
+#endif
+}
+
+// Elements of each dimension, and how far one is from the next in all but the first.
+template <int kRank>
+CUtensorMap MapOf(const void* data, const int64_t (&size)[kRank], const int64_t (&apart)[kRank - 1],
+                  const int (&box)[kRank]) {
+  static const auto encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found{};
+    CheckCuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
+                                               cudaEnableDefault, &found),
+              "cudaGetDriverEntryPointByVersion");
+    return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
+  }();
+  cuuint64_t sizes[kRank], bytes[kRank];
+  cuuint32_t boxes[kRank], steps[kRank];
+  for (int i = 0; i < kRank; ++i) {
+    sizes[i] = static_cast<cuuint64_t>(size[i]);
+    if (i > 0) bytes[i - 1] = static_cast<cuuint64_t>(apart[i - 1]) * 2;
+    boxes[i] = static_cast<cuuint32_t>(box[i]);
+    steps[i] = 1;
+  }
+  CUtensorMap map;
+  const CUresult result =
+      encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, kRank, const_cast<void*>(data), sizes, bytes,
+             boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  Check(result == CUDA_SUCCESS, "cuTensorMapEncodeTiled refuses a matrix");
+  return map;
+}
+
+int Processors() {
+  static const int count = [] {
+    int device = 0, processors = 0;
+    CheckCuda(cudaGetDevice(&device), "cudaGetDevice");
+    CheckCuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device),
+              "cudaDeviceGetAttribute");
+    return processors;
+  }();
+  return count;
+}
+
+constexpr size_t SumBytes(size_t blocks) {
+  return blocks * kSlots * kTileFeatures * kMaxChainRows * sizeof(float);
+}
+constexpr size_t kSquareBytes = 2 * size_t{kMaxChainRows} * kMostParts * sizeof(float);
+
+// All, or nearly all where then no block works on two tiles.
+int32_t BlocksFor(int32_t tiles, int32_t steps, int32_t blocks) {
+  const int32_t units = tiles * steps;
+  if (units <= blocks) return units;
+  const int32_t even = blocks / tiles * tiles;
+  if (even > 0 && steps % (even / tiles) == 0 && units / even * 100 <= units / blocks * 104) {
+    return even;
+  }
+  return blocks;
+}
+
+int64_t TilesOf(const ChainedProduct& product) {
+  const int64_t of_tile =
+      product.kind == ChainedProduct::Kind::kSilu ? kTileFeatures / 2 : kTileFeatures;
+  return (product.features + of_tile - 1) / of_tile;
+}
+
+template <int kRows>
+void Launch(cudaStream_t stream, std::span<const ChainedProduct> products, void* scratch,
+            int turn) {
+  using S = Shape<kRows>;
+  ChainArgs args{};
+  const int blocks = Processors();
+  auto* memory = static_cast<char*>(scratch);
+  args.counters = reinterpret_cast<uint32_t*>(memory) + turn * kCounters;
+  args.stale = reinterpret_cast<uint32_t*>(memory) + (1 - turn) * kCounters;
+  memory += 2 * kCounters * sizeof(uint32_t);
+  args.squares = reinterpret_cast<float*>(memory);
+  args.sums = reinterpret_cast<float*>(memory + kSquareBytes);
+  args.count = static_cast<int32_t>(products.size());
+  args.n = static_cast<int32_t>(products[0].x.rows);
+  for (size_t i = 0; i < products.size(); ++i) {
+    const ChainedProduct& from = products[i];
+    Phase& p = args.phases[i];
+    p.silu = from.kind == ChainedProduct::Kind::kSilu;
+    p.add = from.kind == ChainedProduct::Kind::kAdd;
+    const int64_t k = from.x.cols;
+    const int64_t x_size[] = {k, from.x.rows}, x_apart[] = {from.x.stride};
+    const int x_box[] = {kStep, kRows};
+    p.x = MapOf<2>(from.x.data, x_size, x_apart, x_box);
+    // For SiLU, 8 gates and their 8 ups in turns.
+    const int64_t size[] = {k, p.silu ? 8 : from.features, p.silu ? 2 : 1,
+                            p.silu ? from.features / 8 : 1};
+    const int64_t apart[] = {k, p.silu ? from.features * k : k, 8 * k};
+    const int box[] = {kStep, p.silu ? 8 : kTileFeatures, p.silu ? 2 : 1, p.silu ? 8 : 1};
+    p.w = MapOf<4>(from.w, size, apart, box);
+    p.out = from.out;
+    p.normed = from.normed;
+    p.norm = from.norm;
+    p.eps = from.eps;
+    p.features = static_cast<int32_t>(from.features);
+    p.k = static_cast<int32_t>(k);
+    p.steps = static_cast<int32_t>((k + kStep - 1) / kStep);
+    p.tiles = static_cast<int32_t>(TilesOf(from));
+    p.blocks = BlocksFor(p.tiles, p.steps, blocks);
+    p.x_parts = i > 0 ? args.phases[i - 1].parts : 0;
+    p.parts = p.tiles * 4;
+  }
+  static const bool once = [] {
+    CheckCuda(cudaFuncSetAttribute(ChainKernel<kRows>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   kSharedBytes),
+              "cudaFuncSetAttribute");
+    return true;
+  }();
+  static_cast<void>(once);
+  LaunchBehind(stream, dim3(static_cast<unsigned>(blocks)), kThreads, kSharedBytes,
+               "launch of a chain of products", ChainKernel<kRows>, args);
+}
+
+}  // namespace
+
+bool ServesProductChains() {
+  static const bool serves = [] {
+    int device = 0, major = 0, minor = 0, shared = 0;
+    CheckCuda(cudaGetDevice(&device), "cudaGetDevice");
+    CheckCuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+              "cudaDeviceGetAttribute");
+    CheckCuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device),
+              "cudaDeviceGetAttribute");
+    CheckCuda(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+              "cudaDeviceGetAttribute");
+    return major == 9 && minor == 0 && shared >= kSharedBytes;
+  }();
+  return serves;
+}
+
+bool FitsProductChain(const ChainedProduct& product) {
+  const Tensor& x = product.x;
+  const bool silu = product.kind == ChainedProduct::Kind::kSilu;
+  const int64_t tiles = TilesOf(product), steps = (x.cols + kStep - 1) / kStep;
+  return x.rows > 0 && x.rows <= kMaxChainRows && x.cols % 8 == 0 && x.stride % 8 == 0 &&
+         reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && (!silu || product.features % 8 == 0) &&
+         tiles * steps * (Processors() + 1) <= INT32_MAX &&
+         // A block that finishes squares has room for the sums of two tiles.
+         (product.kind != ChainedProduct::Kind::kAdd || tiles <= Processors());
+}
+
+size_t ProductChainScratch() {
+  return 2 * kCounters * sizeof(uint32_t) + kSquareBytes +
+         SumBytes(static_cast<size_t>(Processors()));
+}
+
+void PrepareProductChainScratch(cudaStream_t stream, void* scratch) {
+  const size_t zeros = 2 * kCounters * sizeof(uint32_t) + kSquareBytes;
+  CheckCuda(cudaMemsetAsync(scratch, 0, zeros, stream), "cudaMemsetAsync");
+  CheckCuda(cudaMemsetAsync(static_cast<char*>(scratch) + zeros, 0xff,
+                            SumBytes(static_cast<size_t>(Processors())), stream),
+            "cudaMemsetAsync");
+}
+
+void LaunchProductChain(cudaStream_t stream, std::span<const ChainedProduct> products,
+                        void* scratch, int turn) {
+  const int64_t n = products[0].x.rows;
+  if (n <= 16) return Launch<16>(stream, products, scratch, turn);
+  if (n <= 32) return Launch<32>(stream, products, scratch, turn);
+  Launch<64>(stream, products, scratch, turn);
+}
+
+}  // namespace passel::gpu::cuda

@@ -1,0 +1,40 @@
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <span>
+
+#include "gpu/device.h"
+
+// Products with some tens of rows, one after another in one kernel (product_chain.cu): the weights
+// of the next are on their way while the one before is summed up.
+namespace passel::gpu::cuda {
+
+struct ChainedProduct {
+  const void* w = nullptr;  // [features, k] bf16; for SiLU [2·features, k], gate first
+  int64_t features = 0;
+  Tensor x;    // [n, k] bf16
+  Tensor out;  // [n, features] f32, for SiLU bf16
+  enum class Kind : uint8_t { kStore, kAdd, kSilu } kind = Kind::kStore;
+  // Of a product that adds: normed = out · norm as bf16, which lacks the factor 1/rms of each row;
+  // the next product, whose x this is, supplies it (`eps` ≥ 0).
+  const float* norm = nullptr;  // [features]
+  Tensor normed = {};           // [n, features] bf16
+  float eps = -1;
+};
+
+inline constexpr int64_t kMaxChainRows = 64;
+inline constexpr size_t kMaxChain = 4;
+
+// Whether this GPU runs chains at all.
+bool ServesProductChains();
+bool FitsProductChain(const ChainedProduct& product);
+// What the chains of a stream work in, one after another, once it is prepared.
+size_t ProductChainScratch();
+void PrepareProductChainScratch(cudaStream_t stream, void* scratch);
+// The same x.rows for all. `turn`: 0, 1, 0, 1, … for one chain after another.
+void LaunchProductChain(cudaStream_t stream, std::span<const ChainedProduct> products,
+                        void* scratch, int turn);
+
+}  // namespace passel::gpu::cuda

@@ -1,0 +1,166 @@
+// The products of a decoder layer one after another, as a model issues them, which a device may
+// join to one piece of work.
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <memory>
+
+#include "tests/gpu/device_matrix.h"
+
+namespace passel::gpu {
+namespace {
+
+using Doubles = std::vector<double>;
+
+// x Wᵀ of what bf16 holds, in float64.
+Doubles Product(const Doubles& x, const std::vector<float>& w, int64_t n, int64_t in) {
+  const int64_t out = static_cast<int64_t>(w.size()) / in;
+  Doubles y(static_cast<size_t>(n * out));
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t o = 0; o < out; ++o) {
+      double sum = 0;
+      for (int64_t j = 0; j < in; ++j) {
+        sum += x[static_cast<size_t>(i * in + j)] *
+               static_cast<double>(w[static_cast<size_t>(o * in + j)]);
+      }
+      y[static_cast<size_t>(i * out + o)] = sum;
+    }
+  }
+  return y;
+}
+
+Doubles Norm(const Doubles& x, const std::vector<float>& weight, double eps) {
+  Doubles y(x.size());
+  const size_t cols = weight.size();
+  for (size_t row = 0; row < x.size(); row += cols) {
+    double squares = 0;
+    for (size_t j = 0; j < cols; ++j) squares += x[row + j] * x[row + j];
+    const double scale = 1 / std::sqrt(squares / static_cast<double>(cols) + eps);
+    for (size_t j = 0; j < cols; ++j) {
+      y[row + j] = x[row + j] * scale * static_cast<double>(weight[j]);
+    }
+  }
+  return y;
+}
+
+Doubles Silu(const Doubles& gate_up, int64_t ffn) {
+  Doubles y;
+  for (size_t row = 0; row < gate_up.size(); row += static_cast<size_t>(2 * ffn)) {
+    for (size_t j = row; j < row + static_cast<size_t>(ffn); ++j) {
+      y.push_back(gate_up[j] / (1 + std::exp(-gate_up[j])) * gate_up[j + static_cast<size_t>(ffn)]);
+    }
+  }
+  return y;
+}
+
+// ‖got − exact‖ / ‖exact‖; NaN where `got` has one.
+double Error(const std::vector<float>& got, const Doubles& exact) {
+  double difference = 0, size = 0;
+  for (size_t i = 0; i < exact.size(); ++i) {
+    difference += std::pow(static_cast<double>(got[i]) - exact[i], 2);
+    size += exact[i] * exact[i];
+  }
+  return std::sqrt(difference / size);
+}
+
+struct Layer {
+  int64_t heads, hidden, ffn, qkv;  // widths
+};
+
+class DecoderProducts : public testing::TestWithParam<Layer> {};
+
+// The tail of a layer and the head of the next; with `apart`, the norms do not follow on the sums
+// they are of, as where ranks add theirs in between.
+TEST_P(DecoderProducts, EqualFloat64) {
+  const Layer s = GetParam();
+  const auto device = MakeTestDevice({.threads = 2});
+  Random random(static_cast<uint64_t>(s.hidden * 7 + s.ffn));
+  const auto weight = [&](int64_t out, int64_t in) {
+    return RoundToBf16(RandomFloats(random, out * in, 1 / std::sqrt(static_cast<double>(in))));
+  };
+  const auto o = weight(s.hidden, s.heads), gate_up = weight(2 * s.ffn, s.hidden),
+             down = weight(s.hidden, s.ffn), qkv = weight(s.qkv, s.hidden);
+  const auto wo = device->MakeLinear(s.hidden, s.heads, ReaderOf(o, s.heads)),
+             wg = device->MakeLinear(2 * s.ffn, s.hidden, ReaderOf(gate_up, s.hidden)),
+             wd = device->MakeLinear(s.hidden, s.ffn, ReaderOf(down, s.ffn)),
+             wq = device->MakeLinear(s.qkv, s.hidden, ReaderOf(qkv, s.hidden));
+  const auto norm = RandomFloats(random, s.hidden);
+  DeviceMatrix dnorm(*device, DType::kF32, 1, s.hidden);
+  dnorm.Set(norm);
+  const DType type = device->activation_type();
+  // Activations are rounded two or three times on the way.
+  const double bound = 2 * ActivationError(*device);
+  for (const int64_t n : {1, 9, 16, 17, 40, 64, 65}) {
+    const auto x = RoundToBf16(RandomFloats(random, n * s.heads));
+    const auto before = RandomFloats(random, n * s.hidden);
+    DeviceMatrix attention(*device, type, n, s.heads, 8), hidden(*device, DType::kF32, n, s.hidden),
+        scratch(*device, DType::kF32, n, s.hidden), normed(*device, type, n, s.hidden, 16),
+        pairs(*device, DType::kF32, n, 2 * s.ffn), ffn(*device, type, n, s.ffn, 24),
+        out(*device, DType::kF32, n, s.qkv, 3);
+    attention.Set(x);
+    const auto run = [&](bool apart) {
+      hidden.Set(before);
+      device->MatMulAdd(*wo, attention.tensor, hidden.tensor, scratch.tensor);
+      if (apart) device->Record()->Wait();
+      device->NormMatMulSilu(hidden.tensor, dnorm.tensor, 1e-5f, *wg, ffn.tensor, normed.tensor,
+                             pairs.tensor);
+      if (apart) {
+        device->MatMul(*wd, ffn.tensor, scratch.tensor);
+        device->Add(hidden.tensor, scratch.tensor);
+      } else {
+        device->MatMulAdd(*wd, ffn.tensor, hidden.tensor, scratch.tensor);
+      }
+      device->NormMatMul(hidden.tensor, dnorm.tensor, 1e-5f, *wq, out.tensor, normed.tensor);
+    };
+    Doubles exact = Product(Doubles(x.begin(), x.end()), o, n, s.heads);
+    for (size_t i = 0; i < exact.size(); ++i) exact[i] += static_cast<double>(before[i]);
+    const Doubles middle = Silu(Product(Norm(exact, norm, 1e-5), gate_up, n, s.hidden), s.ffn);
+    const Doubles more = Product(middle, down, n, s.ffn);
+    for (size_t i = 0; i < exact.size(); ++i) exact[i] += more[i];
+    const Doubles last = Product(Norm(exact, norm, 1e-5), qkv, n, s.hidden);
+    for (const bool apart : {false, true}) {
+      run(apart);
+      const auto first = out.Get();
+      EXPECT_LT(Error(ffn.Get(), middle), bound) << n << " rows, " << apart;
+      EXPECT_LT(Error(hidden.Get(), exact), bound) << n << " rows, " << apart;
+      EXPECT_LT(Error(first, last), bound) << n << " rows, " << apart;
+      for (int repeat = 0; repeat < 5; ++repeat) {
+        run(apart);
+        ASSERT_TRUE(SameBits(out.Get(), first)) << n << " rows, " << apart;
+      }
+    }
+  }
+}
+
+// Widths that leave ends over in tiles of features and steps of k; a product whose blocks have many
+// tiles each; one whose k is cut into more parts than fit at once.
+INSTANTIATE_TEST_SUITE_P(Shapes, DecoderProducts,
+                         testing::Values(Layer{576, 576, 1536, 960}, Layer{136, 200, 328, 1000},
+                                         Layer{64, 64, 64, 64}, Layer{72, 1000, 12, 777},
+                                         Layer{4096, 128, 96, 20000}, Layer{328, 520, 14336, 336}));
+
+// What was put off is done before its memory goes, or anything is read.
+TEST(DecoderProducts, AreDoneBeforeMemoryGoes) {
+  const auto device = MakeTestDevice({.threads = 2});
+  Random random(3);
+  const int64_t n = 20, in = 128, features = 192;
+  const auto w = RoundToBf16(RandomFloats(random, features * in)),
+             x = RoundToBf16(RandomFloats(random, n * in)),
+             before = RandomFloats(random, n * features);
+  auto linear = device->MakeLinear(features, in, ReaderOf(w, in));
+  DeviceMatrix sum(*device, DType::kF32, n, features), scratch(*device, DType::kF32, n, features);
+  sum.Set(before);
+  {
+    DeviceMatrix dx(*device, device->activation_type(), n, in);
+    dx.Set(x);
+    device->MatMulAdd(*linear, dx.tensor, sum.tensor, scratch.tensor);
+    linear.reset();
+  }
+  Doubles exact = Product(Doubles(x.begin(), x.end()), w, n, in);
+  for (size_t i = 0; i < exact.size(); ++i) exact[i] += static_cast<double>(before[i]);
+  EXPECT_LT(Error(sum.Get(), exact), 1e-6);
+}
+
+}  // namespace
+}  // namespace passel::gpu
