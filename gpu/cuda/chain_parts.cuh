@@ -22,21 +22,21 @@ constexpr int kTileFeatures = 2 * kHalf;
 constexpr int kHalfBytes = kHalf * kStep * 2;  // of weights in a step
 constexpr int kWeightBytes = 2 * kHalfBytes;   // a place in the ring of weights
 constexpr int kSharedBytes = 227 * 1024;
-constexpr int kReserved = 2048;  // alignment, barriers, factors
-// Of weights, copies that a block has under way: more make all that others wait for slower. Where
-// its ring is full, a step goes to L2 every so many cycles, up to some.
-constexpr int kUnderWay = 4, kAhead = 8, kPace = 2600;
+constexpr int kReserved = 2048;   // alignment, barriers, factors
 constexpr int kSlots = 2;         // of a block: for its first tile and its last, which it shares
 constexpr int kMostParts = 1024;  // sums of squares of a row: 4 a tile, and tiles are few
 constexpr int kCounters = 64;
 
 // A product of a chain.
 struct Phase {
-  CUtensorMap w, x;
+  CUtensorMap w, w_rest, x;
   Tensor out, normed;
   const float* norm;
   float eps;  // of the norm that x lacks the factor of; < 0: none
   int32_t features, steps, tiles, blocks;
+  // Of 16 rows of weights, in a tile: 8, or up to 16 where every tile is one block's alone; those
+  // beyond 8 are copied for themselves, from w_rest.
+  int32_t groups;
   int32_t k;
   int32_t x_parts;  // sums of squares of a row of x
   int32_t parts;
@@ -58,6 +58,11 @@ struct Shape {
   static constexpr int kXStages = kRows == 64 ? 6 : 8;
   static constexpr int kStages = (kSharedBytes - kReserved - kXStages * kRowBytes) / kWeightBytes;
   static constexpr int kSumFloats = kTileFeatures * kRows;
+  // Of weights, copies that a block has under way: many make all that others wait for slower, so
+  // they are fewer for a product whose x is not there yet, while sums go from block to block. Where
+  // the ring is full, a step goes to L2 every kPace cycles, up to kAhead of them.
+  static constexpr int kUnderWay = kRows == 64 ? 4 : 5, kUnderWayEarly = kRows == 64 ? 1 : 2;
+  static constexpr int kAhead = kRows == 64 ? 0 : 12, kPace = 4000;
 };
 
 // The consumers and the warps for the norm.
@@ -151,11 +156,11 @@ struct Piece {
   int feature = 0, row = 0;  // of the thread's first sum
   float before[4] = {}, weight[2] = {};
 
-  // `part`: which 16 of the tile's features.
-  __device__ void Load(const ChainArgs& args, const Phase& p, int32_t tile, int part, int column) {
+  // `group`: which 16.
+  __device__ void Load(const ChainArgs& args, const Phase& p, int32_t group, int column) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     row = column * 8 + lane % 4 * 2;
-    feature = (tile * 8 + part) * (p.silu ? 8 : 16) + lane / 4;
+    feature = group * (p.silu ? 8 : 16) + lane / 4;
     if (!p.add) return;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -217,16 +222,17 @@ __device__ inline void Finish(const ChainArgs& args, const Phase& p, float* squa
   Piece pieces[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    pieces[half].Load(args, p, share.tile, half * 4 + quarter, column);
+    pieces[half].Load(args, p, share.tile * 8 + half * 4 + quarter, column);
   }
   float4 sum[2] = {};
   float* from = args.sums + (quarter * (kRows / 8) + column) * 128 + threadIdx.x % 32 * 4;
   for (int first = 0; first < share.sharers; first += kAtOnce) {
-    float4 got[kAtOnce][2] = {};
+    float4 got[kAtOnce][2];
     float* at[kAtOnce];
 #pragma unroll
     for (int e = 0; e < kAtOnce; ++e) {
       const int slot = first + e == 0 ? share.first_slot : 0;
+      got[e][0] = got[e][1] = Missing();
       at[e] = from +
               (int64_t{share.first_block + first + e} * kSlots + slot) * Shape<kRows>::kSumFloats;
     }
@@ -236,8 +242,10 @@ __device__ inline void Finish(const ChainArgs& args, const Phase& p, float* squa
 #pragma unroll
       for (int e = 0; e < kAtOnce; ++e) {
         if (first + e >= share.sharers) break;
-        got[e][0] = LoadSums(at[e]);
-        got[e][1] = LoadSums(at[e] + kToHigh);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          if (!AreThere(got[e][half])) got[e][half] = LoadSums(at[e] + half * kToHigh);
+        }
       }
 #pragma unroll
       for (int e = 0; e < kAtOnce; ++e) {

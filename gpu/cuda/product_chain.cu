@@ -23,12 +23,22 @@
 namespace passel::gpu::cuda {
 namespace {
 
-// The units of a block, product by product.
+template <int kCount>
+struct Parts {
+  static constexpr int value = kCount;
+};
+
+// The units of a block, product by product, and of each its places in the ring of weights.
 struct Units {
   const ChainArgs& args;
-  int i = -1;
+  int i = -1, part = 0;
   int32_t u = 0, end = 0;
   __device__ bool Next() {
+    if (u < end && args.phases[i].groups > 8 && part == 0) {
+      part = 1;
+      return true;
+    }
+    part = 0;
     while (++u >= end) {
       if (++i >= args.count) return false;
       const Phase& p = args.phases[i];
@@ -40,14 +50,20 @@ struct Units {
     return true;
   }
   __device__ int32_t column() const { return u % args.phases[i].steps * kStep; }
-  // Of the tile in the map of the weights.
+  __device__ const CUtensorMap& map() const {
+    return part == 0 ? args.phases[i].w : args.phases[i].w_rest;
+  }
+  // In the map.
   __device__ void Place(int32_t (&at)[4]) const {
     const Phase& p = args.phases[i];
-    const int32_t tile = u / p.steps;
-    at[0] = u % p.steps * kStep;
-    at[1] = p.silu ? 0 : tile * kTileFeatures;
+    const int32_t group = u / p.steps * p.groups + part * 8;
+    at[0] = column();
+    at[1] = p.silu ? 0 : group * 16;
     at[2] = 0;
-    at[3] = p.silu ? tile * 8 : 0;
+    at[3] = p.silu ? group : 0;
+  }
+  __device__ uint32_t bytes() const {
+    return (part == 0 ? 8 : args.phases[i].groups - 8) * 16 * kStep * 2;
   }
 };
 
@@ -63,6 +79,8 @@ __global__ void __launch_bounds__(kThreads, 1) ChainKernel(const __grid_constant
   uint64_t* const rows_full = weights_free + S::kStages;
   uint64_t* const rows_free = rows_full + S::kXStages;
   auto* const factors = reinterpret_cast<float*>(rows_free + S::kXStages);
+  // The product whose x is there.
+  volatile int* const open = reinterpret_cast<int*>(factors + kRows);
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
   const int block = static_cast<int>(blockIdx.x);
   if (thread == 0) {
@@ -74,6 +92,7 @@ __global__ void __launch_bounds__(kThreads, 1) ChainKernel(const __grid_constant
       InitBarrier(rows_full + i, 1);
       InitBarrier(rows_free + i, kWarps);
     }
+    *open = 0;
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
@@ -87,34 +106,35 @@ __global__ void __launch_bounds__(kThreads, 1) ChainKernel(const __grid_constant
       Units units{args}, early{args};
       int64_t last = clock64();
       while (units.Next()) {
-        if (under_way == kUnderWay) {
+        while (under_way >= (units.i > *open ? S::kUnderWayEarly : S::kUnderWay)) {
           WaitForParity(weights_full + arrived.place, arrived.turn);
           arrived.Advance();
-        } else {
-          ++under_way;
+          --under_way;
         }
+        ++under_way;
         if (ahead == 0) {
           early.i = units.i;
           early.u = units.u;
           early.end = units.end;
+          early.part = units.part;
         } else {
           --ahead;
         }
         while (!IsOverNow(weights_free + ring.place, ring.turn ^ 1)) {
           const int64_t now = clock64();
-          if (now - last < kPace || ahead == kAhead || !early.Next()) continue;
+          if (now - last < S::kPace || ahead == S::kAhead || !early.Next()) continue;
           last = now;
           ++ahead;
           int32_t at[4];
           early.Place(at);
-          PrefetchTile(args.phases[early.i].w, at);
+          PrefetchTile(early.map(), at);
         }
         last = clock64();
         uint64_t* full = weights_full + ring.place;
         int32_t at[4];
         units.Place(at);
-        ArriveAndExpect(full, kWeightBytes);
-        CopyTileOnce(weights + ring.place * kWeightBytes, args.phases[units.i].w, at, full, policy);
+        ArriveAndExpect(full, units.bytes());
+        CopyTileOnce(weights + ring.place * kWeightBytes, units.map(), at, full, policy);
         ring.Advance();
       }
     }
@@ -128,10 +148,12 @@ __global__ void __launch_bounds__(kThreads, 1) ChainKernel(const __grid_constant
     Units units{args};
     int phase = 0;
     while (units.Next()) {
+      if (units.part != 0) continue;
       if (units.i != phase) {
         phase = units.i;
         WaitForCount(args.counters + phase - 1, gridDim.x);
         FenceCopyEngine();
+        *open = phase;
       }
       WaitForParity(rows_free + ring.place, ring.turn ^ 1);
       ArriveAndExpect(rows_full + ring.place, S::kRowBytes);
@@ -177,31 +199,38 @@ __global__ void __launch_bounds__(kThreads, 1) ChainKernel(const __grid_constant
       const int32_t first_tile = begin / p.steps;
       bool has_factors = p.eps < 0;
       Share first_share, last_share;
-      for (int32_t u = begin; u < end;) {
+      int32_t u = begin;
+      const auto run = [&](auto parts) {
+        constexpr int kParts = decltype(parts)::value;
         const int32_t tile = u / p.steps;
         const int32_t tile_end = (tile + 1) * p.steps, stop = min(tile_end, end);
         // Squares are summed where a tile is finished by its sharers, one or more.
         const bool whole = u == tile * p.steps && end >= tile_end && p.norm == nullptr;
-        float acc[kRows / 2] = {};
+        float acc[kParts][kRows / 2] = {};
         int held = -1, x_held = -1;
         for (; u < stop; ++u) {
           WaitForParity(rows_full + x_ring.place, x_ring.turn);
-          WaitForParity(weights_full + ring.place, ring.turn);
-          const uint64_t a =
-              TileDescriptor(weights + ring.place * kWeightBytes + half * kHalfBytes);
-          const uint64_t b = TileDescriptor(rows + x_ring.place * S::kRowBytes);
-          BeginProducts();
 #pragma unroll
-          for (int j = 0; j < kStep / 16; ++j) WarpgroupMultiplyAdd(acc, a + 2 * j, b + 2 * j);
-          CommitProducts();
-          WaitForProducts<1>();  // the step before is through
-          if (lane == 0 && held >= 0) {
-            Arrive(weights_free + held);
-            Arrive(rows_free + x_held);
+          for (int part = 0; part < kParts; ++part) {
+            WaitForParity(weights_full + ring.place, ring.turn);
+            const uint64_t a =
+                TileDescriptor(weights + ring.place * kWeightBytes + half * kHalfBytes);
+            const uint64_t b = TileDescriptor(rows + x_ring.place * S::kRowBytes);
+            BeginProducts();
+#pragma unroll
+            for (int j = 0; j < kStep / 16; ++j) {
+              WarpgroupMultiplyAdd(acc[part], a + 2 * j, b + 2 * j);
+            }
+            CommitProducts();
+            WaitForProducts<1>();  // those before are through
+            if (lane == 0 && held >= 0) {
+              Arrive(weights_free + held);
+              if (part == 0) Arrive(rows_free + x_held);
+            }
+            held = ring.place;
+            ring.Advance();
           }
-          held = ring.place;
           x_held = x_ring.place;
-          ring.Advance();
           x_ring.Advance();
         }
         WaitForProducts<0>();
@@ -210,20 +239,28 @@ __global__ void __launch_bounds__(kThreads, 1) ChainKernel(const __grid_constant
           Arrive(rows_free + x_held);
         }
 #pragma unroll
-        for (int e = 0; e < kRows / 2; ++e) asm volatile("" : "+f"(acc[e])::"memory");
+        for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+          for (int e = 0; e < kRows / 2; ++e) asm volatile("" : "+f"(acc[part][e])::"memory");
+        }
         if (whole) {
           if (!has_factors) Meet<kFactors>();
           has_factors = true;
 #pragma unroll
-          for (int j = 0; j < kRows / 8; ++j) {
-            if (j >= columns) break;
-            float square[2] = {};
-            Piece piece;
-            piece.Load(args, p, tile, warp, j);
-            piece.Store(args, p, factors,
-                        {acc[j * 4], acc[j * 4 + 1], acc[j * 4 + 2], acc[j * 4 + 3]}, square);
+          for (int part = 0; part < kParts; ++part) {
+            const int group = part * 8 + warp;
+            if (group >= p.groups) break;
+#pragma unroll
+            for (int j = 0; j < kRows / 8; ++j) {
+              if (j >= columns) break;
+              float square[2] = {};
+              Piece piece;
+              piece.Load(args, p, tile * p.groups + group, j);
+              const float* sums = acc[part] + j * 4;
+              piece.Store(args, p, factors, {sums[0], sums[1], sums[2], sums[3]}, square);
+            }
           }
-          continue;
+          return;
         }
         float* to = args.sums +
                     (int64_t{block} * kSlots + (tile == first_tile ? 0 : 1)) * S::kSumFloats +
@@ -231,11 +268,16 @@ __global__ void __launch_bounds__(kThreads, 1) ChainKernel(const __grid_constant
 #pragma unroll
         for (int j = 0; j < kRows / 8; ++j) {
           if (j >= columns) break;
+          const float* sums = acc[0] + j * 4;
           StoreSums(to + (warp * (kRows / 8) + j) * 128,
-                    {Present(acc[j * 4]), Present(acc[j * 4 + 1]), Present(acc[j * 4 + 2]),
-                     Present(acc[j * 4 + 3])});
+                    {Present(sums[0]), Present(sums[1]), Present(sums[2]), Present(sums[3])});
         }
         (tile == first_tile ? first_share : last_share) = ShareOf(p, tile, block, columns);
+      };
+      if (p.groups > 8) {
+        run(Parts<2>{});
+      } else {
+        while (u < end) run(Parts<1>{});
       }
       if (!has_factors) Meet<kFactors>();
       for (int item = warp; item < first_share.items + last_share.items; item += kWarps) {
@@ -302,17 +344,28 @@ constexpr size_t kSquareBytes = 2 * size_t{kMaxChainRows} * kMostParts * sizeof(
 int32_t BlocksFor(int32_t tiles, int32_t steps, int32_t blocks) {
   const int32_t units = tiles * steps;
   if (units <= blocks) return units;
+  const auto most = [&](int32_t count) { return (units + count - 1) / count; };
   const int32_t even = blocks / tiles * tiles;
-  if (even > 0 && steps % (even / tiles) == 0 && units / even * 100 <= units / blocks * 104) {
+  if (even > 0 && steps % (even / tiles) == 0 && most(even) * 100 <= most(blocks) * 103) {
     return even;
   }
   return blocks;
 }
 
-int64_t TilesOf(const ChainedProduct& product) {
-  const int64_t of_tile =
-      product.kind == ChainedProduct::Kind::kSilu ? kTileFeatures / 2 : kTileFeatures;
-  return (product.features + of_tile - 1) / of_tile;
+// Of 16 rows of weights; for SiLU of 8 gates and their ups.
+int64_t AllGroups(const ChainedProduct& product) {
+  const int64_t of_group = product.kind == ChainedProduct::Kind::kSilu ? 8 : 16;
+  return (product.features + of_group - 1) / of_group;
+}
+
+// Groups in a tile: where larger tiles leave one for nearly every block,
+// these, as no sums are shared then.
+int32_t GroupsOf(const ChainedProduct& product) {
+  const int64_t blocks = Processors();
+  const int64_t groups = AllGroups(product), most = (groups + blocks - 1) / blocks;
+  const bool larger = product.kind != ChainedProduct::Kind::kAdd && most > 8 && most <= 16 &&
+                      (groups + most - 1) / most * 100 >= blocks * 95;
+  return larger ? static_cast<int32_t>(most) : 8;
 }
 
 template <int kRows>
@@ -342,8 +395,13 @@ void Launch(cudaStream_t stream, std::span<const ChainedProduct> products, void*
     const int64_t size[] = {k, p.silu ? 8 : from.features, p.silu ? 2 : 1,
                             p.silu ? from.features / 8 : 1};
     const int64_t apart[] = {k, p.silu ? from.features * k : k, 8 * k};
-    const int box[] = {kStep, p.silu ? 8 : kTileFeatures, p.silu ? 2 : 1, p.silu ? 8 : 1};
-    p.w = MapOf<4>(from.w, size, apart, box);
+    p.groups = GroupsOf(from);
+    const auto map_of = [&](int groups) {
+      const int box[] = {kStep, p.silu ? 8 : groups * 16, p.silu ? 2 : 1, p.silu ? groups : 1};
+      return MapOf<4>(from.w, size, apart, box);
+    };
+    p.w = map_of(8);
+    if (p.groups > 8) p.w_rest = map_of(p.groups - 8);
     p.out = from.out;
     p.normed = from.normed;
     p.norm = from.norm;
@@ -351,8 +409,8 @@ void Launch(cudaStream_t stream, std::span<const ChainedProduct> products, void*
     p.features = static_cast<int32_t>(from.features);
     p.k = static_cast<int32_t>(k);
     p.steps = static_cast<int32_t>((k + kStep - 1) / kStep);
-    p.tiles = static_cast<int32_t>(TilesOf(from));
-    p.blocks = BlocksFor(p.tiles, p.steps, blocks);
+    p.tiles = static_cast<int32_t>((AllGroups(from) + p.groups - 1) / p.groups);
+    p.blocks = p.groups > 8 ? p.tiles : BlocksFor(p.tiles, p.steps, blocks);
     p.x_parts = i > 0 ? args.phases[i - 1].parts : 0;
     p.parts = p.tiles * 4;
   }
@@ -387,7 +445,7 @@ bool ServesProductChains() {
 bool FitsProductChain(const ChainedProduct& product) {
   const Tensor& x = product.x;
   const bool silu = product.kind == ChainedProduct::Kind::kSilu;
-  const int64_t tiles = TilesOf(product), steps = (x.cols + kStep - 1) / kStep;
+  const int64_t tiles = (AllGroups(product) + 7) / 8, steps = (x.cols + kStep - 1) / kStep;
   return x.rows > 0 && x.rows <= kMaxChainRows && x.cols % 8 == 0 && x.stride % 8 == 0 &&
          reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && (!silu || product.features % 8 == 0) &&
          tiles * steps * (Processors() + 1) <= INT32_MAX &&
