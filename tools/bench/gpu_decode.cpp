@@ -1,20 +1,25 @@
 // What a GPU model rank needs for a decode step of a Llama-3.1-8B-shaped model with random weights,
 // beside what the GPU's memory allows; and its other kernels. One table; figures are defined in
-// docs/performance.md. Without a GPU it says so and ends.
+// docs/performance.md. Under mpirun: the step alone, tensor-parallel, and its sums over the ranks.
+// Without a GPU it says so and ends.
 #include <fmt/format.h>
+#include <mpi.h>
 
+#include <CLI/CLI.hpp>
 #include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <numeric>
 #include <thread>
 
+#include "cluster/launch.h"
+#include "cluster/mpi_collectives.h"
 #include "gpu/cuda/bandwidth.h"
 #include "gpu/device.h"
 #include "runtime/base/random.h"
-#include "runtime/base/single_rank.h"
 #include "runtime/model/transformer.h"
 
 namespace passel {
@@ -24,15 +29,15 @@ using Clock = std::chrono::steady_clock;
 using gpu::DType;
 using gpu::Tensor;
 
-model::ModelConfig Llama8b(int32_t layers) {
+model::ModelConfig Llama(bool large, int32_t layers) {
   model::ModelConfig c;
   c.architecture = "llama";
-  c.layers = layers;
-  c.hidden = 4096;
-  c.heads = 32;
+  c.layers = layers > 0 ? layers : large ? 80 : 32;
+  c.hidden = large ? 8192 : 4096;
+  c.heads = large ? 64 : 32;
   c.kv_heads = 8;
   c.head_dim = 128;
-  c.ffn = 14336;
+  c.ffn = large ? 28672 : 14336;
   c.vocab = 128256;
   c.rope_theta = 500000;
   c.context_length = 131072;
@@ -42,43 +47,54 @@ model::ModelConfig Llama8b(int32_t layers) {
 // Weights that keep activations near 1, made as fast as they are copied.
 class RandomWeights final : public model::ModelFile {
  public:
-  explicit RandomWeights(model::ModelConfig config) : config_(std::move(config)) {
-    Random random(1);
-    for (float& x : values_) x = static_cast<float>(random.Normal());
-  }
+  explicit RandomWeights(model::ModelConfig config) : config_(std::move(config)) {}
   const model::ModelConfig& config() const override { return config_; }
   void Read(model::WeightId id, int64_t row, int64_t rows, int64_t col, int64_t cols,
             bf16* out) const override {
-    Fill(id, row, rows, col, cols, [&](int64_t i, float x) { out[i] = ToBf16(x); });
+    Fill(id, row, rows, col, cols, bf16_, ToBf16, out);
   }
   void Read(model::WeightId id, int64_t row, int64_t rows, int64_t col, int64_t cols,
             float* out) const override {
-    Fill(id, row, rows, col, cols, [&](int64_t i, float x) { out[i] = x; });
+    Fill(
+        id, row, rows, col, cols, floats_, [](float x) { return x; }, out);
   }
   const TokenizerData& tokenizer() const override { return tokenizer_; }
   uint64_t weight_bytes() const override { return 0; }
 
  private:
-  template <typename F>
-  void Fill(model::WeightId id, int64_t row, int64_t rows, int64_t col, int64_t cols, F put) const {
+  // By scale: numbers that rows are cut from.
+  template <typename T>
+  using Numbers = std::map<float, std::vector<T>>;
+
+  template <typename T, typename F>
+  void Fill(model::WeightId id, int64_t row, int64_t rows, int64_t col, int64_t cols,
+            Numbers<T>& numbers, F convert, T* out) const {
     using model::WeightKind;
-    const bool norm = id.kind == WeightKind::kAttnNorm || id.kind == WeightKind::kFfnNorm ||
-                      id.kind == WeightKind::kOutputNorm;
+    if (id.kind == WeightKind::kAttnNorm || id.kind == WeightKind::kFfnNorm ||
+        id.kind == WeightKind::kOutputNorm) {
+      std::fill_n(out, rows * cols, convert(1.0f));
+      return;
+    }
     const float scale =
         id.kind == WeightKind::kTokenEmbedding ? 1.0f : 1.0f / std::sqrt(static_cast<float>(cols));
+    std::vector<T>& values = numbers[scale];
+    if (values.empty()) {
+      Random random(1);
+      values.resize(kNumbers + static_cast<size_t>(cols));
+      for (T& x : values) x = convert(static_cast<float>(random.Normal()) * scale);
+    }
     for (int64_t i = 0; i < rows; ++i) {
       const uint64_t name[] = {static_cast<uint64_t>(id.kind), static_cast<uint64_t>(id.layer),
                                static_cast<uint64_t>(row + i), static_cast<uint64_t>(col)};
-      size_t at = HashBytes(name, sizeof name);
-      for (int64_t j = 0; j < cols; ++j) {
-        put(i * cols + j, norm ? 1.0f : values_[at++ % values_.size()] * scale);
-      }
+      std::copy_n(values.data() + HashBytes(name, sizeof name) % kNumbers, cols, out + i * cols);
     }
   }
 
+  static constexpr size_t kNumbers = 65537;
   model::ModelConfig config_;
   TokenizerData tokenizer_;
-  std::vector<float> values_ = std::vector<float>(65537);
+  mutable Numbers<bf16> bf16_;  // one thread reads
+  mutable Numbers<float> floats_;
 };
 
 // Seconds of one run of `work`, the median of `repeats`, each behind a wait for the device; and of
@@ -146,14 +162,19 @@ void Line(const std::string& what, const Times& t, const std::string& note) {
   std::fflush(stdout);
 }
 
-void Step(gpu::Device& device, int32_t layers, double bandwidth) {
-  const RandomWeights file(Llama8b(layers));
-  SingleRank alone;
-  const model::Transformer model(file, device, alone, nullptr);
+void Step(gpu::Device& device, Collectives& ranks, const model::ModelConfig& config,
+          double bandwidth) {
+  const RandomWeights file(config);
+  const model::Transformer model(file, device, ranks, nullptr);
   const model::ModelConfig& c = model.config();
-  const double of_layer =
-      2.0 * c.hidden * (2.0 * c.heads * c.head_dim + 2.0 * c.kv_heads * c.head_dim + 3.0 * c.ffn);
-  const double bytes = layers * of_layer + 2.0 * c.hidden * c.vocab;
+  const model::TensorSlice& slice = model.slice();
+  // Of this rank.
+  const double of_layer = 2.0 * c.hidden * c.head_dim * (2.0 * slice.heads + 2.0 * slice.kv_heads) +
+                          2.0 * c.hidden * 3.0 * slice.ffn;
+  const double bytes = c.layers * of_layer + 2.0 * c.hidden * slice.vocab;
+  const auto line = [&](const std::string& what, const Times& t, const std::string& note) {
+    if (ranks.rank() == 0) Line(what, t, note);
+  };
   for (const int64_t n : {1, 8, 16, 32, 64}) {
     const auto a = model.MakeActivations(n, true);
     std::vector<int32_t> ids(static_cast<size_t>(n));
@@ -162,16 +183,26 @@ void Step(gpu::Device& device, int32_t layers, double bandwidth) {
     const Times t = Measure(device, 20, [&] {
       ++positions[0];
       model.Embed(*a, ids);
-      for (int32_t l = 0; l < layers; ++l) {
+      for (int32_t l = 0; l < c.layers; ++l) {
         model.BeforeAttention(l, *a, positions);
         device.Convert(a->q.Rows(0, n), a->attention.Rows(0, n));  // in place of attention
         model.AfterAttention(l, *a);
       }
       model.Logits(*a, 0, n);
     });
-    Line(fmt::format("step without attention, {} layers, B={}", layers, n), t,
-         fmt::format("{:.3f} × (weight bytes ÷ bandwidth)", t.in_row * bandwidth / bytes));
+    line(fmt::format("step without attention, {} layers, B={}", c.layers, n), t,
+         fmt::format("{:.3f} × (weight bytes of a GPU ÷ bandwidth)", t.in_row * bandwidth / bytes));
+    if (ranks.size() == 1) continue;
+    const Times sums = Measure(device, 20, [&] {
+      for (int32_t i = 0; i < 2 * c.layers + 1; ++i) {
+        ranks.AllReduceSum(
+            {static_cast<float*>(a->hidden.data), static_cast<size_t>(n * c.hidden)});
+      }
+    });
+    line(fmt::format("its {} sums over {} ranks, B={}", 2 * c.layers + 1, ranks.size(), n), sums,
+         fmt::format("{:.0f}% of the step", 100 * sums.in_row / t.in_row));
   }
+  if (ranks.size() > 1) return;
   for (const int64_t n : {int64_t{2048}}) {
     const auto a = model.MakeActivations(n, false);
     std::vector<int32_t> ids(static_cast<size_t>(n), 5);
@@ -179,14 +210,14 @@ void Step(gpu::Device& device, int32_t layers, double bandwidth) {
     std::iota(positions.begin(), positions.end(), 0);
     const Times t = Measure(device, 5, [&] {
       model.Embed(*a, ids);
-      for (int32_t l = 0; l < layers; ++l) {
+      for (int32_t l = 0; l < c.layers; ++l) {
         model.BeforeAttention(l, *a, positions);
         model.AfterAttention(l, *a);
       }
     });
-    Line(fmt::format("prefill without attention, {} layers, chunk of {}", layers, n), t,
+    line(fmt::format("prefill without attention, {} layers, chunk of {}", c.layers, n), t,
          fmt::format("{:.0f} TFLOP/s",
-                     static_cast<double>(n) * layers * of_layer / t.in_row * 1e-12));
+                     static_cast<double>(n) * c.layers * of_layer / t.in_row * 1e-12));
   }
 }
 
@@ -297,18 +328,32 @@ void Attention(gpu::Device& device, double bandwidth) {
 }
 
 int Run(int argc, char** argv) {
+  cluster::Launch launch(&argc, &argv);
+  CLI::App app("What a GPU model rank needs for a decode step, with random weights");
+  std::string shape = "8b";
+  int32_t layers = 0;
+  app.add_option("--shape", shape, "Llama 3.1's")->check(CLI::IsMember({"8b", "70b"}));
+  app.add_option("--layers", layers, "fewer than the model has");
+  CLI11_PARSE(app, argc, argv);
+
+  const gpu::DeviceOptions options{.local_rank = launch.world_rank(),
+                                   .local_ranks = launch.world_size()};
   std::string why;
-  const auto device = gpu::MakeCudaDevice({}, &why);
+  const auto device = gpu::MakeCudaDevice(options, &why);
   if (!device) {
     fmt::print("gpu_decode: {}\n", why);
     return 0;
   }
-  const int32_t layers = argc > 1 ? std::atoi(argv[1]) : 32;
+  const auto ranks =
+      device->MakeCollectives(std::make_unique<cluster::MpiCollectives>(MPI_COMM_WORLD));
   const double bandwidth = gpu::CudaReadBandwidth();
-  fmt::print("{}: {:.3f} TB/s read bandwidth\n\n", device->info().name, bandwidth * 1e-12);
-  fmt::print("| what | alone ms | in a row ms | |\n|---|---|---|---|\n");
-  Attention(*device, bandwidth);
-  if (layers > 0) Step(*device, layers, bandwidth);
+  if (ranks->rank() == 0) {
+    fmt::print("{}: {:.3f} TB/s read bandwidth; {} × {}\n\n", device->info().name,
+               bandwidth * 1e-12, ranks->size(), ranks->name());
+    fmt::print("| what | alone ms | in a row ms | |\n|---|---|---|---|\n");
+  }
+  if (ranks->size() == 1) Attention(*device, bandwidth);
+  Step(*device, *ranks, Llama(shape == "70b", layers), bandwidth);
   return 0;
 }
 
