@@ -61,7 +61,7 @@ struct Shape {
   // Of weights, copies that a block has under way: many make all that others wait for slower, so
   // they are fewer for a product whose x is not there yet, while sums go from block to block. Where
   // the ring is full, a step goes to L2 every kPace cycles, up to kAhead of them.
-  static constexpr int kUnderWay = kRows == 64 ? 4 : 5, kUnderWayEarly = kRows == 64 ? 1 : 2;
+  static constexpr int kUnderWay = kRows == 64 ? 4 : 7, kUnderWayEarly = kRows == 64 ? 1 : 2;
   static constexpr int kAhead = kRows == 64 ? 0 : 12, kPace = 4000;
 };
 

@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kThreads, 1) ChainKernel(const __grid_constant
   uint64_t* const rows_free = rows_full + S::kXStages;
   auto* const factors = reinterpret_cast<float*>(rows_free + S::kXStages);
   // The product whose x is there.
-  volatile int* const open = reinterpret_cast<int*>(factors + kRows);
+  auto* const open = reinterpret_cast<int*>(factors + kRows);
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
   const int block = static_cast<int>(blockIdx.x);
   if (thread == 0) {
@@ -106,7 +106,8 @@ __global__ void __launch_bounds__(kThreads, 1) ChainKernel(const __grid_constant
       Units units{args}, early{args};
       int64_t last = clock64();
       while (units.Next()) {
-        while (under_way >= (units.i > *open ? S::kUnderWayEarly : S::kUnderWay)) {
+        const bool early_for_x = units.i > atomicAdd(open, 0);
+        while (under_way >= (early_for_x ? S::kUnderWayEarly : S::kUnderWay)) {
           WaitForParity(weights_full + arrived.place, arrived.turn);
           arrived.Advance();
           --under_way;
@@ -153,7 +154,7 @@ __global__ void __launch_bounds__(kThreads, 1) ChainKernel(const __grid_constant
         phase = units.i;
         WaitForCount(args.counters + phase - 1, gridDim.x);
         FenceCopyEngine();
-        *open = phase;
+        atomicExch(open, phase);
       }
       WaitForParity(rows_free + ring.place, ring.turn ^ 1);
       ArriveAndExpect(rows_full + ring.place, S::kRowBytes);
