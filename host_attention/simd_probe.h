@@ -70,8 +70,7 @@ size_t ProbeCsr(const CsrView& table, const uint16_t* codes, uint32_t limit, uin
   const auto prefetch_ids = [&](uint32_t t) {
     const uint16_t* bounds = bounds_of(t);
     const uint16_t* ids = table.ids + t * table.stride;
-    kept[t % kKept] = {ids + bounds[0],
-                       bounds[1] >= bounds[0] ? size_t{bounds[1]} - bounds[0] : 0};
+    kept[t % kKept] = {ids + bounds[0], bounds[1] >= bounds[0] ? size_t{bounds[1]} - bounds[0] : 0};
     // The lines that the bucket lies in, four at most: beyond, the hardware's stream prefetcher has
     // caught on. How many they are is hard to predict, so the last one is asked for again instead.
     constexpr uintptr_t kLine = 64;
