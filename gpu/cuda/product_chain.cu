@@ -359,8 +359,8 @@ int64_t AllGroups(const ChainedProduct& product) {
   return (product.features + of_group - 1) / of_group;
 }
 
-// Groups in a tile: where larger tiles leave one for nearly every block,
-// these, as no sums are shared then.
+// Groups in a tile: where larger tiles leave one for nearly every block, these, as then no sums are
+// shared.
 int32_t GroupsOf(const ChainedProduct& product) {
   const int64_t blocks = Processors();
   const int64_t groups = AllGroups(product), most = (groups + blocks - 1) / blocks;
