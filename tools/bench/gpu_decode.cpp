@@ -12,6 +12,7 @@
 #include <cstring>
 #include <functional>
 #include <map>
+#include <mutex>
 #include <numeric>
 #include <thread>
 
@@ -77,23 +78,29 @@ class RandomWeights final : public model::ModelFile {
     }
     const float scale =
         id.kind == WeightKind::kTokenEmbedding ? 1.0f : 1.0f / std::sqrt(static_cast<float>(cols));
-    std::vector<T>& values = numbers[scale];
-    if (values.empty()) {
-      Random random(1);
-      values.resize(kNumbers + static_cast<size_t>(cols));
-      for (T& x : values) x = convert(static_cast<float>(random.Normal()) * scale);
+    const T* values = nullptr;
+    {
+      const std::lock_guard lock(mutex_);
+      std::vector<T>& all = numbers[scale];
+      if (all.empty()) {
+        Random random(1);
+        all.resize(kNumbers + static_cast<size_t>(config_.ffn));  // the longest row
+        for (T& x : all) x = convert(static_cast<float>(random.Normal()) * scale);
+      }
+      values = all.data();
     }
     for (int64_t i = 0; i < rows; ++i) {
       const uint64_t name[] = {static_cast<uint64_t>(id.kind), static_cast<uint64_t>(id.layer),
                                static_cast<uint64_t>(row + i), static_cast<uint64_t>(col)};
-      std::copy_n(values.data() + HashBytes(name, sizeof name) % kNumbers, cols, out + i * cols);
+      std::copy_n(values + HashBytes(name, sizeof name) % kNumbers, cols, out + i * cols);
     }
   }
 
   static constexpr size_t kNumbers = 65537;
   model::ModelConfig config_;
   TokenizerData tokenizer_;
-  mutable Numbers<bf16> bf16_;  // one thread reads
+  mutable std::mutex mutex_;  // several threads read
+  mutable Numbers<bf16> bf16_;
   mutable Numbers<float> floats_;
 };
 
