@@ -43,12 +43,13 @@ Fixture ReadFixture() {
 }
 
 // The relative errors of the steps that a test compares. Rounding activations to bf16 puts a single
-// step anywhere between 0.5e-2 and 2.6e-2, by chance: the order of additions in a product moves it
-// by as much. What the steps have together does not hang on that.
+// step anywhere between 0.5e-2 and 5e-2, by chance: the order of additions in a product moves it by
+// as much (one step: 1.1e-2 and 4.8e-2 from one CPU, whose compilers rounded differently). What the
+// steps have together does not hang on that.
 class StepErrors {
  public:
   void Add(double error) {
-    EXPECT_LE(error, 4e-2);
+    EXPECT_LE(error, 8e-2);
     squares_ += error * error;
     ++count_;
   }
