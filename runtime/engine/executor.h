@@ -136,12 +136,14 @@ class MicroBatch {
   Workspace& w_;
   uint16_t number_;
   std::unique_ptr<model::Activations> a_;
-  std::unique_ptr<gpu::Buffer> partial_memory_, code_memory_, evicted_memory_, reply_memory_;
+  std::unique_ptr<gpu::Buffer> partial_memory_, evicted_memory_, reply_memory_;
   std::unique_ptr<gpu::Buffer> q_host_, codes_host_;
   std::unique_ptr<gpu::Buffer> means_memory_;
   std::unique_ptr<gpu::Buffer> evicted_host_;  // K, V and codes of the rows in leaving_
   gpu::Partials partials_;
-  gpu::Tensor codes_, evicted_k_, evicted_v_, evicted_codes_, evicted_means_;
+  gpu::Tensor codes_;  // in codes_host_
+  gpu::Tensor evicted_k_, evicted_v_, evicted_means_;
+  int64_t evicted_codes_ = 0;  // of a token
   std::unique_ptr<gpu::Event> event_, evicted_event_;
   std::vector<size_t> leaving_;  // rows of the micro-batch of which a token leaves the window
 

@@ -55,12 +55,9 @@ MicroBatch::MicroBatch(Workspace& workspace, uint16_t number, int64_t max_rows)
   if (l == 0) return;
   means_memory_ = w_.device.Allocate(n * static_cast<size_t>(cols) * sizeof(float));
   evicted_means_ = Matrix<float>(means_memory_, gpu::DType::kF32, max_rows, cols);
-  const size_t code_count = n * static_cast<size_t>((heads + shape.kv_heads) * l);
-  codes_host_ = w_.device.AllocateStaging(code_count * sizeof(uint16_t));
-  code_memory_ = w_.device.Allocate(code_count * sizeof(uint16_t));
-  codes_ = Matrix<uint16_t>(code_memory_, gpu::DType::kU16, max_rows, heads * l);
-  evicted_codes_ = Matrix<uint16_t>(code_memory_, gpu::DType::kU16, max_rows, shape.kv_heads * l,
-                                    n * static_cast<size_t>(heads * l));
+  codes_host_ = w_.device.AllocateStaging(n * static_cast<size_t>(heads * l) * sizeof(uint16_t));
+  codes_ = Matrix<uint16_t>(codes_host_, gpu::DType::kU16, max_rows, heads * l);
+  evicted_codes_ = shape.kv_heads * l;
 }
 
 void MicroBatch::Start(std::span<Sequence* const> sequences, std::span<const int32_t> tokens,
@@ -119,8 +116,6 @@ void MicroBatch::BeginLayer() {
     w_.device.Convert(q, Matrix<float>(q_host_, gpu::DType::kF32, n, q.cols));
     if (Sampled() && w_.job.lsh()) {
       w_.device.HashCodes(q, {}, codes_.Rows(0, n));
-      w_.device.CopyToHost(codes_host_->data(), codes_.data,
-                           static_cast<size_t>(n * codes_.cols) * sizeof(uint16_t));
     }
     event_ = w_.device.Record();
   }
@@ -168,15 +163,14 @@ void MicroBatch::GatherEvicted() {
   w_.device.CopyToHost(host, k.data, bytes);
   w_.device.CopyToHost(host + bytes, v.data, bytes);
   if (Sampled() && w_.job.lsh()) {
-    const gpu::Tensor means = evicted_means_.Rows(0, n), codes = evicted_codes_.Rows(0, n);
+    const gpu::Tensor means = evicted_means_.Rows(0, n);
     for (int64_t i = 0; i < n; ++i) {
       const size_t row = leaving_[static_cast<size_t>(i)];
       w_.device.CopyToDevice(means.Rows(i, 1).data, w_.Means(*sequences_[row], layer_).data,
                              static_cast<size_t>(means.cols) * sizeof(float));
     }
-    w_.device.HashCodes(k, means, codes);
-    w_.device.CopyToHost(host + 2 * bytes, codes.data,
-                         static_cast<size_t>(n * codes.cols) * sizeof(uint16_t));
+    w_.device.HashCodes(k, means,
+                        {host + 2 * bytes, gpu::DType::kU16, n, evicted_codes_, evicted_codes_});
   }
   evicted_event_ = w_.device.Record();
 }
@@ -195,7 +189,7 @@ void MicroBatch::SendEvicted() {
     const size_t row = leaving_[i];
     w_.link->SendKv(sequences_[row]->hosted, layer_, rows_[row].offloaded_tokens, 1, k + i * cols,
                     v + i * cols,
-                    hashed ? codes + i * static_cast<size_t>(evicted_codes_.cols) : nullptr);
+                    hashed ? codes + i * static_cast<size_t>(evicted_codes_) : nullptr);
   }
 }
 

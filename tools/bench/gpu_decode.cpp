@@ -310,15 +310,15 @@ void Attention(gpu::Device& device, double bandwidth) {
   }
   {
     const int64_t n = 8;
-    const Matrix codes(device, DType::kU16, n, 32 * 150, false);
     const auto host = device.AllocateStaging(static_cast<size_t>(n * 4096) * 4);
     const auto host_codes = device.AllocateStaging(static_cast<size_t>(n * 32 * 150) * 2);
+    const Tensor q_host{host->data(), DType::kF32, n, 4096, 4096};
+    const Tensor codes_host{host_codes->data(), DType::kU16, n, 32 * 150, 32 * 150};
     Line("hand-over to pinned memory, B=8: hash, queries and codes",
          Measure(device, 100,
                  [&] {
-                   device.HashCodes(q.tensor.Rows(0, n), Tensor{}, codes.tensor);
-                   device.CopyToHost(host->data(), q.tensor.data, host->bytes());
-                   device.CopyToHost(host_codes->data(), codes.tensor.data, host_codes->bytes());
+                   device.Convert(q.tensor.Rows(0, n), q_host);
+                   device.HashCodes(q.tensor.Rows(0, n), Tensor{}, codes_host);
                  }),
          "");
   }
