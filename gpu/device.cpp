@@ -32,4 +32,14 @@ Tensor Tensor::Cols(int64_t begin, int64_t count) const {
   return t;
 }
 
+void Device::MatMulSumAdd(const Linear& w, Tensor x, Tensor into, Tensor scratch,
+                          Collectives& ranks) {
+  if (ranks.size() == 1) return MatMulAdd(w, x, into, scratch);
+  Check(scratch.stride == scratch.cols, "MatMulSumAdd: scratch has gaps");
+  MatMul(w, x, scratch);
+  ranks.AllReduceSum(
+      {static_cast<float*>(scratch.data), static_cast<size_t>(scratch.rows * scratch.cols)});
+  Add(into, scratch);
+}
+
 }  // namespace passel::gpu

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -132,6 +133,11 @@ class Device {
     Add(into, scratch);
   }
 
+  // into += the sum of x Wᵀ over the ranks, each of which holds some of W's columns: the same bits
+  // on every rank. Every rank must call it. scratch: like `into`, without gaps between rows.
+  virtual void MatMulSumAdd(const Linear& w, Tensor x, Tensor into, Tensor scratch,
+                            Collectives& ranks);
+
   // out = norm(x) Wᵀ, norm as in AddRmsNorm without a delta. x: [n, in_features] f32; normed:
   // scratch of as many elements, of activation_type.
   virtual void NormMatMul(Tensor x, Tensor norm, float eps, const Linear& w, Tensor out,
@@ -224,6 +230,9 @@ struct DeviceOptions {
   // GPUs in turn, and share one where there are more of them.
   int32_t local_rank = 0;
   int32_t local_ranks = 1;
+  // After which a model rank that others wait for is taken for lost. Long enough for one that is
+  // still loading its weights; a rank's death ends the job sooner.
+  std::chrono::milliseconds peer_timeout = std::chrono::minutes(5);
 };
 std::unique_ptr<Device> MakeCpuDevice(const DeviceOptions& options);
 // Null where the build has no CUDA backend or the machine no usable GPU; `why` then says which.

@@ -40,6 +40,7 @@ struct Phase {
   int32_t k;
   int32_t x_parts;  // sums of squares of a row of x
   int32_t parts;
+  int32_t sum_turn;
   bool add, silu;
 };
 
@@ -50,6 +51,7 @@ struct ChainArgs {
   float* squares;      // [2, kMaxChainRows, kMostParts]
   uint32_t* counters;  // first those of the phases
   uint32_t* stale;     // what the next chain counts with
+  PeerInboxes peers;
 };
 
 template <int kRows>
@@ -83,7 +85,7 @@ __device__ inline void WaitForCount(const uint32_t* counter, uint32_t count) {
 
 // Sums on their way from block to block say themselves whether they are there: memory holds a NaN
 // that no sum is, until they come, and again when they have been read. That is faster than to
-// write, to wait for that, and to count.
+// write, to wait for that, and to count. Sums of other ranks come the same way.
 constexpr uint32_t kMissing = 0xffffffff;
 __device__ inline float4 Missing() {
   const float m = __uint_as_float(kMissing);
@@ -98,14 +100,14 @@ __device__ inline bool AreThere(const float4& v) {
 }
 __device__ inline float4 LoadSums(const float* from) {
   float4 v;
-  asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.relaxed.sys.global.v4.f32 {%0, %1, %2, %3}, [%4];"
                : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
                : "l"(from)
                : "memory");
   return v;
 }
 __device__ inline void StoreSums(float* to, const float4& v) {
-  asm volatile("st.relaxed.gpu.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(v.x), "f"(v.y),
+  asm volatile("st.relaxed.sys.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(v.x), "f"(v.y),
                "f"(v.z), "f"(v.w)
                : "memory");
 }
@@ -213,11 +215,111 @@ __device__ inline void StoreSquares(float* squares, int part, int row, float (&s
   }
 }
 
+// From one half of a tile's features to the other, among its sums.
+template <int kRows>
+constexpr int kToHigh = 4 * (kRows / 8) * 128;
+
+// The sum of what lies at place(0) … place(count − 1) once it is there, which is then missing
+// again: two pieces, one of either half of the features. Where `abandoned`, which may be null,
+// comes to be set, anything.
+template <int kRows, typename Place>
+__device__ inline void TakeSums(int count, const uint32_t* abandoned, Place place,
+                                float4 (&sum)[2]) {
+  constexpr int kAtOnce = 4;
+  for (int first = 0; first < count; first += kAtOnce) {
+    float4 got[kAtOnce][2];
+    float* at[kAtOnce];
+#pragma unroll
+    for (int e = 0; e < kAtOnce; ++e) {
+      got[e][0] = got[e][1] = Missing();
+      at[e] = place(first + e);
+    }
+    bool there;
+    uint32_t looks = 0;
+    do {
+      there = true;
+#pragma unroll
+      for (int e = 0; e < kAtOnce; ++e) {
+        if (first + e >= count) break;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          if (!AreThere(got[e][half])) got[e][half] = LoadSums(at[e] + half * kToHigh<kRows>);
+        }
+      }
+#pragma unroll
+      for (int e = 0; e < kAtOnce; ++e) {
+        if (first + e >= count) break;
+        there = there && AreThere(got[e][0]) && AreThere(got[e][1]);
+      }
+      // A look at host memory takes longer than many of these.
+      if (++looks % 1024 == 0 && abandoned != nullptr) {
+        there = there || *static_cast<const volatile uint32_t*>(abandoned) != 0;
+      }
+    } while (!there);
+#pragma unroll
+    for (int e = 0; e < kAtOnce; ++e) {
+      if (first + e >= count) break;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        StoreSums(at[e] + half * kToHigh<kRows>, Missing());
+        sum[half].x += got[e][half].x, sum[half].y += got[e][half].y;
+        sum[half].z += got[e][half].z, sum[half].w += got[e][half].w;
+      }
+    }
+  }
+}
+
+// Where a lane's sums of an item are, from the beginning of a tile's.
+template <int kRows>
+__device__ inline int PlaceInTile(int item, int columns) {
+  return (item / columns * (kRows / 8) + item % columns) * 128 +
+         static_cast<int>(threadIdx.x) % 32 * 4;
+}
+
+// The sums of one item of a tile, of this rank alone.
+template <int kRows>
+__device__ inline void TakeOwnSums(const ChainArgs& args, const Share& share, int item, int columns,
+                                   float4 (&sum)[2]) {
+  float* from = args.sums + PlaceInTile<kRows>(item, columns);
+  TakeSums<kRows>(
+      share.sharers, nullptr,
+      [&](int i) {
+        const int slot = i == 0 ? share.first_slot : 0;
+        return from + (int64_t{share.first_block + i} * kSlots + slot) * Shape<kRows>::kSumFloats;
+      },
+      sum);
+}
+
+// Where rank `from` puts its sums of an item in an inbox.
+template <int kRows>
+__device__ inline int64_t PlaceInInbox(const ChainArgs& args, const Phase& p, int from, int tile,
+                                       int item, int columns) {
+  return int64_t{p.sum_turn * args.peers.ranks + from} * kMaxSummedFeatures * kMaxChainRows +
+         int64_t{tile} * Shape<kRows>::kSumFloats + PlaceInTile<kRows>(item, columns);
+}
+
+// This rank's sums of one item to the inboxes of all, its own last, as that is the nearest.
+template <int kRows>
+__device__ inline void Send(const ChainArgs& args, const Phase& p, const Share& share, int item,
+                            int columns) {
+  float4 sum[2] = {};
+  TakeOwnSums<kRows>(args, share, item, columns, sum);
+  const int64_t place = PlaceInInbox<kRows>(args, p, args.peers.rank, share.tile, item, columns);
+  for (int i = 1; i <= args.peers.ranks; ++i) {
+    const int to = (args.peers.rank + i) % args.peers.ranks;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      StoreSums(
+          args.peers.of[to] + place + half * kToHigh<kRows>,
+          {Present(sum[half].x), Present(sum[half].y), Present(sum[half].z), Present(sum[half].w)});
+    }
+  }
+}
+
 // One item of a tile: two pieces, of the same rows of x, one of either half of the features.
 template <int kRows>
 __device__ inline void Finish(const ChainArgs& args, const Phase& p, float* squares,
                               const float* factors, const Share& share, int item, int columns) {
-  constexpr int kToHigh = 4 * (kRows / 8) * 128, kAtOnce = 4;
   const int quarter = item / columns, column = item % columns;
   Piece pieces[2];
 #pragma unroll
@@ -225,44 +327,16 @@ __device__ inline void Finish(const ChainArgs& args, const Phase& p, float* squa
     pieces[half].Load(args, p, share.tile * 8 + half * 4 + quarter, column);
   }
   float4 sum[2] = {};
-  float* from = args.sums + (quarter * (kRows / 8) + column) * 128 + threadIdx.x % 32 * 4;
-  for (int first = 0; first < share.sharers; first += kAtOnce) {
-    float4 got[kAtOnce][2];
-    float* at[kAtOnce];
-#pragma unroll
-    for (int e = 0; e < kAtOnce; ++e) {
-      const int slot = first + e == 0 ? share.first_slot : 0;
-      got[e][0] = got[e][1] = Missing();
-      at[e] = from +
-              (int64_t{share.first_block + first + e} * kSlots + slot) * Shape<kRows>::kSumFloats;
-    }
-    bool there;
-    do {
-      there = true;
-#pragma unroll
-      for (int e = 0; e < kAtOnce; ++e) {
-        if (first + e >= share.sharers) break;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          if (!AreThere(got[e][half])) got[e][half] = LoadSums(at[e] + half * kToHigh);
-        }
-      }
-#pragma unroll
-      for (int e = 0; e < kAtOnce; ++e) {
-        if (first + e >= share.sharers) break;
-        there = there && AreThere(got[e][0]) && AreThere(got[e][1]);
-      }
-    } while (!there);
-#pragma unroll
-    for (int e = 0; e < kAtOnce; ++e) {
-      if (first + e >= share.sharers) break;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        StoreSums(at[e] + half * kToHigh, Missing());
-        sum[half].x += got[e][half].x, sum[half].y += got[e][half].y;
-        sum[half].z += got[e][half].z, sum[half].w += got[e][half].w;
-      }
-    }
+  if (p.sum_turn < 0) {
+    TakeOwnSums<kRows>(args, share, item, columns, sum);
+  } else {
+    TakeSums<kRows>(
+        args.peers.ranks, args.peers.abandoned,
+        [&](int rank) {
+          return args.peers.of[args.peers.rank] +
+                 PlaceInInbox<kRows>(args, p, rank, share.tile, item, columns);
+        },
+        sum);
   }
   float square[2] = {};
 #pragma unroll

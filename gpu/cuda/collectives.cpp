@@ -15,9 +15,6 @@ namespace passel::gpu::cuda {
 #ifdef PASSEL_NCCL
 namespace {
 
-// Long enough for a rank that is still loading its weights; a rank's death ends the job sooner.
-constexpr std::chrono::minutes kTimeout{5};
-
 // Whether no two ranks are on the same GPU, which NCCL does not take. The same answer on every
 // rank.
 bool OneGpuEach(Collectives& host) {
@@ -37,11 +34,15 @@ bool OneGpuEach(Collectives& host) {
 #endif
 
 std::unique_ptr<Collectives> CudaDevice::MakeCollectives(std::unique_ptr<Collectives> host) {
+  peers_ = nullptr;
   if (host->size() == 1) return host;
 #ifdef PASSEL_NCCL
   if (OneGpuEach(*host)) {
+    peers_ = PeerMemory::Join(
+        *host, !deterministic_ && local_ranks_ == host->size() && ServesProductChains());
     return std::make_unique<NcclCollectives>(
-        *this, [this] { return IssueTo(); }, std::move(host), deterministic_, kTimeout);
+        *this, [this] { return IssueTo(); }, std::move(host), deterministic_, peer_timeout_,
+        peers_);
   }
 #endif
   return std::make_unique<StagedCollectives>(*this, std::move(host));

@@ -90,6 +90,8 @@ CudaDevice::Stream::~Stream() { cudaStreamDestroy(get); }
 CudaDevice::CudaDevice(const DeviceOptions& options, std::string name, uint64_t usable_bytes)
     : name_(std::move(name)),
       deterministic_(options.deterministic),
+      local_ranks_(options.local_ranks),
+      peer_timeout_(options.peer_timeout),
       ledger_(std::make_shared<Ledger>(options.memory_limit_bytes > 0 ? options.memory_limit_bytes
                                                                       : usable_bytes)),
       ring_(stream_.get) {
@@ -176,13 +178,17 @@ cudaStream_t CudaDevice::IssueTo() {
   // Gone in any case: what cannot be issued now will not be later.
   const auto products = std::exchange(put_off_, {});
   const auto weights = std::exchange(put_off_weights_, {});
-  LaunchProductChain(stream_.get, products, chain_scratch_->data(), chain_turn_);
+  LaunchProductChain(stream_.get, products, chain_scratch_->data(), chain_turn_,
+                     peers_ ? &peers_->inboxes() : nullptr);
   chain_turn_ = 1 - chain_turn_;
+  const auto sums = [](const ChainedProduct& p) { return p.sum_turn >= 0; };
+  if (std::ranges::any_of(products, sums) && peers_->issued) peers_->issued();
   return stream_.get;
 }
 
 bool CudaDevice::CanPutOff(const Linear& w, ChainedProduct* product) const {
-  constexpr int64_t kFewest = 9;  // rows; fewer are faster one product at a time
+  // Rows; fewer are faster one product at a time, but not where a sum over ranks comes between.
+  const int64_t fewest = peers_ ? 1 : 9;
   const CudaLinear& linear = AsCuda(w);
   const bool silu = product->kind == ChainedProduct::Kind::kSilu;
   product->w = linear.data();
@@ -193,8 +199,22 @@ bool CudaDevice::CanPutOff(const Linear& w, ChainedProduct* product) const {
   Check(out.type == (silu ? DType::kBf16 : DType::kF32) && out.rows == x.rows &&
             out.cols == product->features,
         "MatMul: out does not fit x and the weight");
-  return !deterministic_ && x.rows >= kFewest && ServesProductChains() &&
-         FitsProductChain(*product);
+  return !deterministic_ && x.rows >= fewest && ServesProductChains() && FitsProductChain(*product);
+}
+
+bool CudaDevice::AllCanPutOff(const Linear& w, ChainedProduct* product, Collectives& ranks) const {
+  const bool own = CanPutOff(w, product);
+  std::optional<bool>& all = AsCuda(w).weight()->all_can_put_off;
+  if (!all.has_value()) {
+    all = true;
+    for (int r = 0; r < ranks.size(); ++r) {
+      bool its = own;
+      ranks.Broadcast(std::as_writable_bytes(std::span(&its, 1)), r);
+      *all = *all && its;
+    }
+  }
+  Check(own || !*all, "MatMulSumAdd: this rank cannot do as agreed with the others");
+  return *all;
 }
 
 void CudaDevice::PutOff(const Linear& w, const ChainedProduct& product) {
@@ -270,6 +290,20 @@ void CudaDevice::MatMulAdd(const Linear& w, Tensor x, Tensor into, Tensor scratc
   if (!deterministic_) return Multiply(w, x, into, true);
   Multiply(w, x, scratch, false);
   Add(into, scratch);
+}
+
+void CudaDevice::MatMulSumAdd(const Linear& w, Tensor x, Tensor into, Tensor scratch,
+                              Collectives& ranks) {
+  ChainedProduct product{.x = x, .out = into, .kind = ChainedProduct::Kind::kAdd};
+  // What is asked first is the same on every rank.
+  if (ranks.size() == 1 || peers_ == nullptr || deterministic_ || x.rows == 0 ||
+      x.rows > kMaxChainRows || into.cols > kMaxSummedFeatures ||
+      !AllCanPutOff(w, &product, ranks)) {
+    return Device::MatMulSumAdd(w, x, into, scratch, ranks);
+  }
+  ranks.ThrowIfFailed();
+  product.sum_turn = peers_->NextTurn();
+  PutOff(w, product);
 }
 
 void CudaDevice::Multiply(const Linear& w, Tensor x, Tensor out, bool accumulate) {

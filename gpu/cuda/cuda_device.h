@@ -1,6 +1,8 @@
 #pragma once
 
+#include <chrono>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -8,6 +10,7 @@
 #include "gpu/cuda/check.h"
 #include "gpu/cuda/kernels.h"
 #include "gpu/cuda/memory.h"
+#include "gpu/cuda/peer_memory.h"
 #include "gpu/cuda/product_chain.h"
 #include "gpu/cuda/upload_ring.h"
 #include "gpu/device.h"
@@ -20,6 +23,8 @@ namespace passel::gpu::cuda {
 struct CudaWeight {
   std::unique_ptr<Buffer> memory;
   std::weak_ptr<CudaWeight> next;  // what was multiplied after this one the last time
+  // Whether all ranks can put off a product with it that they sum; none: they have not been asked.
+  std::optional<bool> all_can_put_off;
 };
 
 // A Device on one NVIDIA GPU: one stream, cuBLAS for products, own kernels for the rest. cuBLAS's
@@ -41,6 +46,8 @@ class CudaDevice final : public Device {
                                      const RowReader& rows) override;
   void MatMul(const Linear& w, Tensor x, Tensor out) override;
   void MatMulAdd(const Linear& w, Tensor x, Tensor into, Tensor scratch) override;
+  void MatMulSumAdd(const Linear& w, Tensor x, Tensor into, Tensor scratch,
+                    Collectives& ranks) override;
   void NormMatMul(Tensor x, Tensor norm, float eps, const Linear& w, Tensor out,
                   Tensor normed) override;
   void NormMatMulSilu(Tensor x, Tensor norm, float eps, const Linear& w, Tensor out, Tensor normed,
@@ -83,6 +90,8 @@ class CudaDevice final : public Device {
   // it.
   bool CanPutOff(const Linear& w, ChainedProduct* product) const;
   void PutOff(const Linear& w, const ChainedProduct& product);
+  // The same on every rank, all of which must call it.
+  bool AllCanPutOff(const Linear& w, ChainedProduct* product, Collectives& ranks) const;
   // Has the product put off last, where its result is x, write what the next one reads of norm(x).
   bool PutOffNorm(const Tensor& x, const Tensor& norm, const Tensor& normed);
 
@@ -95,6 +104,8 @@ class CudaDevice final : public Device {
 
   std::string name_;
   bool deterministic_;
+  int32_t local_ranks_;
+  std::chrono::milliseconds peer_timeout_;
   std::shared_ptr<Ledger> ledger_;
   Stream stream_;
   cublasHandle_t cublas_ = nullptr;
@@ -108,6 +119,7 @@ class CudaDevice final : public Device {
   std::vector<std::shared_ptr<CudaWeight>> put_off_weights_;
   std::unique_ptr<Buffer> chain_scratch_;
   int chain_turn_ = 0;
+  std::shared_ptr<PeerMemory> peers_;  // where chains sum over the ranks; null: they do not
 
   std::vector<float> rope_inv_freq_;  // what rope_scratch_ holds the angles of
   std::vector<int64_t> rope_positions_;

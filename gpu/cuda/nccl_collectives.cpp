@@ -53,12 +53,14 @@ ncclComm_t Join(const ncclUniqueId& id, int rank, int size, std::chrono::millise
 }  // namespace
 
 NcclCollectives::NcclCollectives(Device& device, Stream stream, std::unique_ptr<Collectives> host,
-                                 bool deterministic, std::chrono::milliseconds timeout)
+                                 bool deterministic, std::chrono::milliseconds timeout,
+                                 std::shared_ptr<PeerMemory> peers)
     : device_(device),
       stream_(std::move(stream)),
       host_(std::move(host)),
       deterministic_(deterministic),
-      timeout_(timeout) {
+      timeout_(timeout),
+      peers_(std::move(peers)) {
   ncclUniqueId id{};
   ncclResult_t code = ncclSuccess;
   if (host_->rank() == 0) code = ncclGetUniqueId(&id);
@@ -74,10 +76,15 @@ NcclCollectives::NcclCollectives(Device& device, Stream stream, std::unique_ptr<
     cudaSetDevice(gpu);
     WatchdogLoop(stop);
   });
+  if (peers_) peers_->issued = [this] { Watch(); };
 }
 
 NcclCollectives::~NcclCollectives() {
   watchdog_ = {};  // stops and joins
+  if (peers_) {
+    peers_->issued = nullptr;
+    peers_->Abandon();
+  }
   if (comm_ != nullptr && failure_.empty()) {
     // Peers may be gone already: no waiting for them.
     ncclCommAbort(comm_);
@@ -121,6 +128,7 @@ void NcclCollectives::WatchdogLoop(const std::stop_token& stop) {
       wake_.wait_for(lock, stop, std::chrono::milliseconds(5), [] { return false; });
       continue;
     }
+    if (peers_) peers_->Abandon();
     ncclCommAbort(comm_);
   }
 }

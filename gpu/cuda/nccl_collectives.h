@@ -11,6 +11,7 @@
 #include <string>
 #include <thread>
 
+#include "gpu/cuda/peer_memory.h"
 #include "gpu/device.h"
 #include "runtime/base/collectives.h"
 
@@ -26,15 +27,17 @@ class NcclCollectives final : public Collectives {
  public:
   // The device's stream, as work is to be issued to it.
   using Stream = std::function<cudaStream_t()>;
-  // `deterministic`: sums in rank order. Throws Error{kCluster} where NCCL fails or takes longer
+  // `deterministic`: sums in rank order. `peers`: what else the ranks wait for each other in, which
+  // the watchdog follows too; may be null. Throws Error{kCluster} where NCCL fails or takes longer
   // than `timeout`.
   NcclCollectives(Device& device, Stream stream, std::unique_ptr<Collectives> host,
-                  bool deterministic, std::chrono::milliseconds timeout);
+                  bool deterministic, std::chrono::milliseconds timeout,
+                  std::shared_ptr<PeerMemory> peers = nullptr);
   ~NcclCollectives() override;
 
   int rank() const override { return host_->rank(); }
   int size() const override { return host_->size(); }
-  std::string_view name() const override { return "NCCL"; }
+  std::string_view name() const override { return peers_ ? "NCCL and peer memory" : "NCCL"; }
   void AllReduceSum(std::span<float> data) override;
   void AllGather(std::span<const float> in, std::span<const size_t> counts,
                  std::span<float> out) override;
@@ -51,6 +54,7 @@ class NcclCollectives final : public Collectives {
   std::unique_ptr<Collectives> host_;
   bool deterministic_;
   std::chrono::milliseconds timeout_;
+  std::shared_ptr<PeerMemory> peers_;
   ncclComm_t comm_ = nullptr;
   std::unique_ptr<Buffer> gathered_;  // [size, n] f32, for sums in rank order
 

@@ -205,8 +205,10 @@ __global__ void __launch_bounds__(kThreads, 1) ChainKernel(const __grid_constant
         constexpr int kParts = decltype(parts)::value;
         const int32_t tile = u / p.steps;
         const int32_t tile_end = (tile + 1) * p.steps, stop = min(tile_end, end);
-        // Squares are summed where a tile is finished by its sharers, one or more.
-        const bool whole = u == tile * p.steps && end >= tile_end && p.norm == nullptr;
+        // Squares are summed, and ranks' sums, where a tile is finished by its sharers, one or
+        // more.
+        const bool whole =
+            u == tile * p.steps && end >= tile_end && p.norm == nullptr && p.sum_turn < 0;
         float acc[kParts][kRows / 2] = {};
         int held = -1, x_held = -1;
         for (; u < stop; ++u) {
@@ -281,12 +283,21 @@ __global__ void __launch_bounds__(kThreads, 1) ChainKernel(const __grid_constant
         while (u < end) run(Parts<1>{});
       }
       if (!has_factors) Meet<kFactors>();
-      for (int item = warp; item < first_share.items + last_share.items; item += kWarps) {
-        const bool last = item >= first_share.items;
-        const Share share = last ? last_share : first_share;
-        const int own = last ? item - first_share.items : item;
-        Finish<kRows>(args, p, squares, factors, share, share.first + own * share.sharers, columns);
+      const auto for_items = [&](auto work) {
+        for (int item = warp; item < first_share.items + last_share.items; item += kWarps) {
+          const bool last = item >= first_share.items;
+          const Share share = last ? last_share : first_share;
+          const int own = last ? item - first_share.items : item;
+          work(share, share.first + own * share.sharers);
+        }
+      };
+      if (p.sum_turn >= 0) {
+        for_items(
+            [&](const Share& share, int item) { Send<kRows>(args, p, share, item, columns); });
       }
+      for_items([&](const Share& share, int item) {
+        Finish<kRows>(args, p, squares, factors, share, item, columns);
+      });
     }
     if (i + 1 < args.count) {
       FenceCopyEngine();  // what was written here is read by copy engines
@@ -370,8 +381,8 @@ int32_t GroupsOf(const ChainedProduct& product) {
 }
 
 template <int kRows>
-void Launch(cudaStream_t stream, std::span<const ChainedProduct> products, void* scratch,
-            int turn) {
+void Launch(cudaStream_t stream, std::span<const ChainedProduct> products, void* scratch, int turn,
+            const PeerInboxes* peers) {
   using S = Shape<kRows>;
   ChainArgs args{};
   const int blocks = Processors();
@@ -383,11 +394,13 @@ void Launch(cudaStream_t stream, std::span<const ChainedProduct> products, void*
   args.sums = reinterpret_cast<float*>(memory + kSquareBytes);
   args.count = static_cast<int32_t>(products.size());
   args.n = static_cast<int32_t>(products[0].x.rows);
+  if (peers != nullptr) args.peers = *peers;
   for (size_t i = 0; i < products.size(); ++i) {
     const ChainedProduct& from = products[i];
     Phase& p = args.phases[i];
     p.silu = from.kind == ChainedProduct::Kind::kSilu;
     p.add = from.kind == ChainedProduct::Kind::kAdd;
+    p.sum_turn = from.sum_turn;
     const int64_t k = from.x.cols;
     const int64_t x_size[] = {k, from.x.rows}, x_apart[] = {from.x.stride};
     const int x_box[] = {kStep, kRows};
@@ -467,12 +480,16 @@ void PrepareProductChainScratch(cudaStream_t stream, void* scratch) {
             "cudaMemsetAsync");
 }
 
+size_t PeerInboxBytes(int ranks) {
+  return 2 * static_cast<size_t>(ranks * kMaxSummedFeatures * kMaxChainRows) * sizeof(float);
+}
+
 void LaunchProductChain(cudaStream_t stream, std::span<const ChainedProduct> products,
-                        void* scratch, int turn) {
+                        void* scratch, int turn, const PeerInboxes* peers) {
   const int64_t n = products[0].x.rows;
-  if (n <= 16) return Launch<16>(stream, products, scratch, turn);
-  if (n <= 32) return Launch<32>(stream, products, scratch, turn);
-  Launch<64>(stream, products, scratch, turn);
+  if (n <= 16) return Launch<16>(stream, products, scratch, turn, peers);
+  if (n <= 32) return Launch<32>(stream, products, scratch, turn, peers);
+  Launch<64>(stream, products, scratch, turn, peers);
 }
 
 }  // namespace passel::gpu::cuda

@@ -22,10 +22,25 @@ struct ChainedProduct {
   const float* norm = nullptr;  // [features]
   Tensor normed = {};           // [n, features] bf16
   float eps = -1;
+  // Of a product that adds: every rank adds the sum over the ranks, in their order. 0, 1, 0, 1, …
+  // for one such product after another; −1: no sum.
+  int sum_turn = -1;
 };
+
+// Where ranks send each other their sums: the inbox of every rank, as this one's kernels write it.
+// An inbox has a place for either turn and every sender, so a sum needs no wait but for the others'
+// parts: who sends for the next but one has had all of the next, and its senders had read this one.
+inline constexpr int kMaxPeers = 8;
+struct PeerInboxes {
+  int32_t ranks = 0, rank = 0;
+  float* of[kMaxPeers] = {};
+  const uint32_t* abandoned = nullptr;  // not 0: nothing comes any more. Host memory
+};
+size_t PeerInboxBytes(int ranks);
 
 inline constexpr int64_t kMaxChainRows = 64;
 inline constexpr size_t kMaxChain = 4;
+inline constexpr int64_t kMaxSummedFeatures = 16384;
 
 // Whether this GPU runs chains at all.
 bool ServesProductChains();
@@ -33,8 +48,9 @@ bool FitsProductChain(const ChainedProduct& product);
 // What the chains of a stream work in, one after another, once it is prepared.
 size_t ProductChainScratch();
 void PrepareProductChainScratch(cudaStream_t stream, void* scratch);
-// The same x.rows for all. `turn`: 0, 1, 0, 1, … for one chain after another.
+// The same x.rows for all. `turn`: 0, 1, 0, 1, … for one chain after another. `peers`: null where
+// no product is summed over ranks.
 void LaunchProductChain(cudaStream_t stream, std::span<const ChainedProduct> products,
-                        void* scratch, int turn);
+                        void* scratch, int turn, const PeerInboxes* peers);
 
 }  // namespace passel::gpu::cuda

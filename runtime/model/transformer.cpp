@@ -178,14 +178,6 @@ struct Transformer::Impl {
     collectives.AllReduceSum({static_cast<float*>(t.data), static_cast<size_t>(t.rows * t.cols)});
   }
 
-  // hidden += x Wᵀ, summed over the ranks, each of which holds some of W's columns.
-  void MultiplyAdd(const gpu::Linear& w, const Tensor& x, const Activations& a) const {
-    if (collectives.size() == 1) return device.MatMulAdd(w, x, a.hidden, a.projected);
-    device.MatMul(w, x, a.projected);
-    AllReduce(a.projected);
-    device.Add(a.hidden, a.projected);
-  }
-
   const ModelFile& file;
   gpu::Device& device;
   Collectives& collectives;
@@ -286,10 +278,10 @@ void Transformer::AfterAttention(int32_t layer, Activations& a) const {
   a.Resize(a.n);
   Check(layer >= 0 && layer < m.config.layers, "AfterAttention: layer");
   const Layer& w = m.layers[static_cast<size_t>(layer)];
-  m.MultiplyAdd(*w.o, a.attention, a);
+  m.device.MatMulSumAdd(*w.o, a.attention, a.hidden, a.projected, m.collectives);
   m.device.NormMatMulSilu(a.hidden, w.ffn_norm, m.config.norm_eps, *w.gate_up, a.ffn, a.normed,
                           a.gate_up);
-  m.MultiplyAdd(*w.down, a.ffn, a);
+  m.device.MatMulSumAdd(*w.down, a.ffn, a.hidden, a.projected, m.collectives);
 }
 
 void Transformer::Logits(Activations& a, int64_t first, int64_t count) const {

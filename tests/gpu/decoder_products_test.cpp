@@ -7,62 +7,10 @@
 #include <memory>
 
 #include "tests/gpu/device_matrix.h"
+#include "tests/gpu/float64_layer.h"
 
 namespace passel::gpu {
 namespace {
-
-using Doubles = std::vector<double>;
-
-// x Wᵀ of what bf16 holds, in float64.
-Doubles Product(const Doubles& x, const std::vector<float>& w, int64_t n, int64_t in) {
-  const int64_t out = static_cast<int64_t>(w.size()) / in;
-  Doubles y(static_cast<size_t>(n * out));
-  for (int64_t i = 0; i < n; ++i) {
-    for (int64_t o = 0; o < out; ++o) {
-      double sum = 0;
-      for (int64_t j = 0; j < in; ++j) {
-        sum += x[static_cast<size_t>(i * in + j)] *
-               static_cast<double>(w[static_cast<size_t>(o * in + j)]);
-      }
-      y[static_cast<size_t>(i * out + o)] = sum;
-    }
-  }
-  return y;
-}
-
-Doubles Norm(const Doubles& x, const std::vector<float>& weight, double eps) {
-  Doubles y(x.size());
-  const size_t cols = weight.size();
-  for (size_t row = 0; row < x.size(); row += cols) {
-    double squares = 0;
-    for (size_t j = 0; j < cols; ++j) squares += x[row + j] * x[row + j];
-    const double scale = 1 / std::sqrt(squares / static_cast<double>(cols) + eps);
-    for (size_t j = 0; j < cols; ++j) {
-      y[row + j] = x[row + j] * scale * static_cast<double>(weight[j]);
-    }
-  }
-  return y;
-}
-
-Doubles Silu(const Doubles& gate_up, int64_t ffn) {
-  Doubles y;
-  for (size_t row = 0; row < gate_up.size(); row += static_cast<size_t>(2 * ffn)) {
-    for (size_t j = row; j < row + static_cast<size_t>(ffn); ++j) {
-      y.push_back(gate_up[j] / (1 + std::exp(-gate_up[j])) * gate_up[j + static_cast<size_t>(ffn)]);
-    }
-  }
-  return y;
-}
-
-// ‖got − exact‖ / ‖exact‖; NaN where `got` has one.
-double Error(const std::vector<float>& got, const Doubles& exact) {
-  double difference = 0, size = 0;
-  for (size_t i = 0; i < exact.size(); ++i) {
-    difference += std::pow(static_cast<double>(got[i]) - exact[i], 2);
-    size += exact[i] * exact[i];
-  }
-  return std::sqrt(difference / size);
-}
 
 struct Layer {
   int64_t heads, hidden, ffn, qkv;  // widths
@@ -122,9 +70,9 @@ TEST_P(DecoderProducts, EqualFloat64) {
     for (const bool apart : {false, true}) {
       run(apart);
       const auto first = out.Get();
-      EXPECT_LT(Error(ffn.Get(), middle), bound) << n << " rows, " << apart;
-      EXPECT_LT(Error(hidden.Get(), exact), bound) << n << " rows, " << apart;
-      EXPECT_LT(Error(first, last), bound) << n << " rows, " << apart;
+      EXPECT_LT(RelativeError(ffn.Get(), middle), bound) << n << " rows, " << apart;
+      EXPECT_LT(RelativeError(hidden.Get(), exact), bound) << n << " rows, " << apart;
+      EXPECT_LT(RelativeError(first, last), bound) << n << " rows, " << apart;
       for (int repeat = 0; repeat < 5; ++repeat) {
         run(apart);
         ASSERT_TRUE(SameBits(out.Get(), first)) << n << " rows, " << apart;
@@ -159,7 +107,7 @@ TEST(DecoderProducts, AreDoneBeforeMemoryGoes) {
   }
   Doubles exact = Product(Doubles(x.begin(), x.end()), w, n, in);
   for (size_t i = 0; i < exact.size(); ++i) exact[i] += static_cast<double>(before[i]);
-  EXPECT_LT(Error(sum.Get(), exact), 1e-6);
+  EXPECT_LT(RelativeError(sum.Get(), exact), 1e-6);
 }
 
 }  // namespace
