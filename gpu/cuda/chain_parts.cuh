@@ -98,18 +98,35 @@ __device__ inline bool AreThere(const float4& v) {
   return __float_as_uint(v.x) != kMissing && __float_as_uint(v.y) != kMissing &&
          __float_as_uint(v.z) != kMissing && __float_as_uint(v.w) != kMissing;
 }
+// Sums of this GPU's blocks, or of several GPUs.
+enum class Scope : uint8_t { kGpu, kSystem };
+template <Scope kScope>
 __device__ inline float4 LoadSums(const float* from) {
   float4 v;
-  asm volatile("ld.relaxed.sys.global.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-               : "l"(from)
-               : "memory");
+  if constexpr (kScope == Scope::kGpu) {
+    asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "l"(from)
+                 : "memory");
+  } else {
+    asm volatile("ld.relaxed.sys.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "l"(from)
+                 : "memory");
+  }
   return v;
 }
+template <Scope kScope>
 __device__ inline void StoreSums(float* to, const float4& v) {
-  asm volatile("st.relaxed.sys.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(v.x), "f"(v.y),
-               "f"(v.z), "f"(v.w)
-               : "memory");
+  if constexpr (kScope == Scope::kGpu) {
+    asm volatile("st.relaxed.gpu.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(v.x),
+                 "f"(v.y), "f"(v.z), "f"(v.w)
+                 : "memory");
+  } else {
+    asm volatile("st.relaxed.sys.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(v.x),
+                 "f"(v.y), "f"(v.z), "f"(v.w)
+                 : "memory");
+  }
 }
 
 __device__ inline int32_t FirstUnit(const Phase& p, int block) {
@@ -220,9 +237,9 @@ template <int kRows>
 constexpr int kToHigh = 4 * (kRows / 8) * 128;
 
 // The sum of what lies at place(0) … place(count − 1) once it is there, which is then missing
-// again: two pieces, one of either half of the features. Where `abandoned`, which may be null,
-// comes to be set, anything.
-template <int kRows, typename Place>
+// again: two pieces, one of either half of the features. Other GPUs' may never come: where
+// `abandoned` comes to be set, anything.
+template <int kRows, Scope kScope, typename Place>
 __device__ inline void TakeSums(int count, const uint32_t* abandoned, Place place,
                                 float4 (&sum)[2]) {
   constexpr int kAtOnce = 4;
@@ -243,7 +260,7 @@ __device__ inline void TakeSums(int count, const uint32_t* abandoned, Place plac
         if (first + e >= count) break;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          if (!AreThere(got[e][half])) got[e][half] = LoadSums(at[e] + half * kToHigh<kRows>);
+          if (!AreThere(got[e][half])) got[e][half] = LoadSums<kScope>(at[e] + half * kToHigh<kRows>);
         }
       }
 #pragma unroll
@@ -252,7 +269,7 @@ __device__ inline void TakeSums(int count, const uint32_t* abandoned, Place plac
         there = there && AreThere(got[e][0]) && AreThere(got[e][1]);
       }
       // A look at host memory takes longer than many of these.
-      if (++looks % 1024 == 0 && abandoned != nullptr) {
+      if (kScope == Scope::kSystem && ++looks % 1024 == 0) {
         there = there || *static_cast<const volatile uint32_t*>(abandoned) != 0;
       }
     } while (!there);
@@ -261,7 +278,7 @@ __device__ inline void TakeSums(int count, const uint32_t* abandoned, Place plac
       if (first + e >= count) break;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        StoreSums(at[e] + half * kToHigh<kRows>, Missing());
+        StoreSums<kScope>(at[e] + half * kToHigh<kRows>, Missing());
         sum[half].x += got[e][half].x, sum[half].y += got[e][half].y;
         sum[half].z += got[e][half].z, sum[half].w += got[e][half].w;
       }
@@ -281,7 +298,7 @@ template <int kRows>
 __device__ inline void TakeOwnSums(const ChainArgs& args, const Share& share, int item, int columns,
                                    float4 (&sum)[2]) {
   float* from = args.sums + PlaceInTile<kRows>(item, columns);
-  TakeSums<kRows>(
+  TakeSums<kRows, Scope::kGpu>(
       share.sharers, nullptr,
       [&](int i) {
         const int slot = i == 0 ? share.first_slot : 0;
@@ -309,7 +326,7 @@ __device__ inline void Send(const ChainArgs& args, const Phase& p, const Share& 
     const int to = (args.peers.rank + i) % args.peers.ranks;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      StoreSums(
+      StoreSums<Scope::kSystem>(
           args.peers.of[to] + place + half * kToHigh<kRows>,
           {Present(sum[half].x), Present(sum[half].y), Present(sum[half].z), Present(sum[half].w)});
     }
@@ -330,7 +347,7 @@ __device__ inline void Finish(const ChainArgs& args, const Phase& p, float* squa
   if (p.sum_turn < 0) {
     TakeOwnSums<kRows>(args, share, item, columns, sum);
   } else {
-    TakeSums<kRows>(
+    TakeSums<kRows, Scope::kSystem>(
         args.peers.ranks, args.peers.abandoned,
         [&](int rank) {
           return args.peers.of[args.peers.rank] +

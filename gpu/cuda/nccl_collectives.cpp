@@ -1,5 +1,6 @@
 #include "gpu/cuda/nccl_collectives.h"
 
+#include <algorithm>
 #include <future>
 #include <memory>
 #include <thread>
@@ -99,8 +100,12 @@ void NcclCollectives::ThrowIfFailed() {
 
 void NcclCollectives::Watch() {
   const std::lock_guard lock(mutex_);
-  if (pending_) return;  // one at a time: it is behind all that was issued before
-  CheckCuda(cudaEventRecord(issued_, stream_()), "cudaEventRecord");
+  watched_ = stream_();
+  if (pending_) {  // one event at a time; the watchdog records it again
+    more_ = true;
+    return;
+  }
+  CheckCuda(cudaEventRecord(issued_, watched_), "cudaEventRecord");
   pending_ = true;
   issued_at_ = Clock::now();
   wake_.notify_one();
@@ -119,7 +124,8 @@ void NcclCollectives::WatchdogLoop(const std::stop_token& stop) {
     if (code != ncclSuccess || (state != ncclSuccess && state != ncclInProgress)) {
       failure_ = ncclGetErrorString(code != ncclSuccess ? code : state);
     } else if (done != cudaErrorNotReady) {
-      pending_ = false;
+      pending_ = std::exchange(more_, false) && cudaEventRecord(issued_, watched_) == cudaSuccess;
+      issued_at_ = Clock::now();
       continue;
     } else if (Clock::now() - issued_at_ > timeout_) {
       failure_ = "a collective was not through after " + std::to_string(timeout_.count()) +
@@ -161,7 +167,11 @@ void NcclCollectives::AllGather(std::span<const float> in, std::span<const size_
   Check(counts.size() == static_cast<size_t>(size()) && total == out.size() &&
             counts[static_cast<size_t>(rank())] == in.size(),
         "AllGather: in, counts and out disagree");
-  // Counts may differ by rank, which ncclAllGather does not take.
+  if (std::ranges::all_of(counts, [&](size_t count) { return count == in.size(); })) {
+    CheckNccl(ncclAllGather(in.data(), out.data(), in.size(), ncclFloat32, comm_, stream_()),
+              "ncclAllGather");
+    return Watch();
+  }
   CheckNccl(ncclGroupStart(), "ncclGroupStart");
   float* to = out.data();
   for (int r = 0; r < size(); ++r) {

@@ -61,7 +61,9 @@ class NcclCollectives final : public Collectives {
   std::mutex mutex_;
   std::condition_variable_any wake_;
   cudaEvent_t issued_ = nullptr;
+  cudaStream_t watched_ = nullptr;
   bool pending_ = false;  // `issued_` was recorded and has not been seen done
+  bool more_ = false;     // was issued since
   std::chrono::steady_clock::time_point issued_at_;
   std::string failure_;  // empty: none
   std::jthread watchdog_;

@@ -272,7 +272,7 @@ __global__ void __launch_bounds__(kThreads, 1) ChainKernel(const __grid_constant
         for (int j = 0; j < kRows / 8; ++j) {
           if (j >= columns) break;
           const float* sums = acc[0] + j * 4;
-          StoreSums(to + (warp * (kRows / 8) + j) * 128,
+          StoreSums<Scope::kGpu>(to + (warp * (kRows / 8) + j) * 128,
                     {Present(sums[0]), Present(sums[1]), Present(sums[2]), Present(sums[3])});
         }
         (tile == first_tile ? first_share : last_share) = ShareOf(p, tile, block, columns);
