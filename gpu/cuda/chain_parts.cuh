@@ -34,8 +34,8 @@ struct Phase {
   const float* norm;
   float eps;  // of the norm that x lacks the factor of; < 0: none
   int32_t features, steps, tiles, blocks;
-  // Of 16 rows of weights, in a tile: 8, or up to 16 where every tile is one block's alone; those
-  // beyond 8 are copied for themselves, from w_rest.
+  // Of 16 rows of weights, in a tile: 8, or another number up to 16 where every tile is one block's
+  // alone; those beyond 8 are copied for themselves, from w_rest.
   int32_t groups;
   int32_t k;
   int32_t x_parts;  // sums of squares of a row of x
@@ -260,7 +260,8 @@ __device__ inline void TakeSums(int count, const uint32_t* abandoned, Place plac
         if (first + e >= count) break;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          if (!AreThere(got[e][half])) got[e][half] = LoadSums<kScope>(at[e] + half * kToHigh<kRows>);
+          if (!AreThere(got[e][half]))
+            got[e][half] = LoadSums<kScope>(at[e] + half * kToHigh<kRows>);
         }
       }
 #pragma unroll

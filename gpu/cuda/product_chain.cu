@@ -63,7 +63,8 @@ struct Units {
     at[3] = p.silu ? group : 0;
   }
   __device__ uint32_t bytes() const {
-    return (part == 0 ? 8 : args.phases[i].groups - 8) * 16 * kStep * 2;
+    const int32_t groups = args.phases[i].groups;
+    return (part == 0 ? min(groups, 8) : groups - 8) * 16 * kStep * 2;
   }
 };
 
@@ -272,8 +273,9 @@ __global__ void __launch_bounds__(kThreads, 1) ChainKernel(const __grid_constant
         for (int j = 0; j < kRows / 8; ++j) {
           if (j >= columns) break;
           const float* sums = acc[0] + j * 4;
-          StoreSums<Scope::kGpu>(to + (warp * (kRows / 8) + j) * 128,
-                    {Present(sums[0]), Present(sums[1]), Present(sums[2]), Present(sums[3])});
+          StoreSums<Scope::kGpu>(
+              to + (warp * (kRows / 8) + j) * 128,
+              {Present(sums[0]), Present(sums[1]), Present(sums[2]), Present(sums[3])});
         }
         (tile == first_tile ? first_share : last_share) = ShareOf(p, tile, block, columns);
       };
@@ -370,14 +372,14 @@ int64_t AllGroups(const ChainedProduct& product) {
   return (product.features + of_group - 1) / of_group;
 }
 
-// Groups in a tile: where larger tiles leave one for nearly every block, these, as then no sums are
-// shared.
+// Groups in a tile: where other tiles leave one for nearly every block, these, as then no sums are
+// shared. Much smaller ones would leave too little under way.
 int32_t GroupsOf(const ChainedProduct& product) {
   const int64_t blocks = Processors();
   const int64_t groups = AllGroups(product), most = (groups + blocks - 1) / blocks;
-  const bool larger = product.kind != ChainedProduct::Kind::kAdd && most > 8 && most <= 16 &&
-                      (groups + most - 1) / most * 100 >= blocks * 95;
-  return larger ? static_cast<int32_t>(most) : 8;
+  const bool one_each = product.kind != ChainedProduct::Kind::kAdd && most >= 6 && most <= 16 &&
+                        (groups + most - 1) / most * 100 >= blocks * 95;
+  return one_each ? static_cast<int32_t>(most) : 8;
 }
 
 template <int kRows>
@@ -414,7 +416,7 @@ void Launch(cudaStream_t stream, std::span<const ChainedProduct> products, void*
       const int box[] = {kStep, p.silu ? 8 : groups * 16, p.silu ? 2 : 1, p.silu ? groups : 1};
       return MapOf<4>(from.w, size, apart, box);
     };
-    p.w = map_of(8);
+    p.w = map_of(std::min(p.groups, 8));
     if (p.groups > 8) p.w_rest = map_of(p.groups - 8);
     p.out = from.out;
     p.normed = from.normed;
@@ -424,7 +426,7 @@ void Launch(cudaStream_t stream, std::span<const ChainedProduct> products, void*
     p.k = static_cast<int32_t>(k);
     p.steps = static_cast<int32_t>((k + kStep - 1) / kStep);
     p.tiles = static_cast<int32_t>((AllGroups(from) + p.groups - 1) / p.groups);
-    p.blocks = p.groups > 8 ? p.tiles : BlocksFor(p.tiles, p.steps, blocks);
+    p.blocks = p.groups != 8 ? p.tiles : BlocksFor(p.tiles, p.steps, blocks);
     p.x_parts = i > 0 ? args.phases[i - 1].parts : 0;
     p.parts = p.tiles * 4;
   }
