@@ -3,8 +3,10 @@
 # rank that is killed and the job resumed, then step times of a Llama-3.1-8B-shaped model.
 #
 #   tools/gpu_tensor_parallel.sh [MODEL]     default: the model of tools/demo.sh
-# PASSEL names a binary to use instead of building one; RUN a directory for results; BIG a directory
-# of tools/make_random_model.py (made where it is not there); CONTEXTS the bench's with host ranks.
+# PASSEL names a binary to use instead of building one, DECODE and RANKS_TEST those of gpu_decode and
+# cuda_ranks_test (without them: those built, where they are); RUN a directory for results; BIG a
+# directory of tools/make_random_model.py (made where it is not there); CONTEXTS the bench's with
+# host ranks.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tools/lib.sh
@@ -95,3 +97,11 @@ measure t1 1 1 1024 1,32
 measure t2 2 2 1024 1,32
 measure t1_hosts 5 1 "${CONTEXTS:-16384}" 1,4 host.threads=4
 measure t2_hosts 6 2 "${CONTEXTS:-16384}" 1,4 host.threads=4
+
+# What the ranks sum against float64, and the step alone.
+ranks_test=${RANKS_TEST:-build/release/tests/gpu/cuda_ranks_test}
+if [[ -x $ranks_test ]]; then local_mpirun -np 2 "$ranks_test"; fi
+decode=${DECODE:-build/release/tools/bench/gpu_decode}
+if [[ -x $decode ]]; then
+  for ranks in 1 2; do local_mpirun -np "$ranks" "$decode" | grep -E 'step|sums|;'; done
+fi

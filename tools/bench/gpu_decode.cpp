@@ -1,7 +1,7 @@
 // What a GPU model rank needs for a decode step of a Llama-3.1-8B-shaped model with random weights,
 // beside what the GPU's memory allows; and its other kernels. One table; figures are defined in
-// docs/performance.md. Under mpirun: the step alone, tensor-parallel, and its sums over the ranks.
-// Without a GPU it says so and ends.
+// docs/performance.md. Under mpirun: the step alone, tensor-parallel, and as many sums over the
+// ranks as it has, each a call of its own. Without a GPU it says so and ends.
 #include <fmt/format.h>
 #include <mpi.h>
 
@@ -206,8 +206,9 @@ void Step(gpu::Device& device, Collectives& ranks, const model::ModelConfig& con
             {static_cast<float*>(a->hidden.data), static_cast<size_t>(n * c.hidden)});
       }
     });
-    line(fmt::format("its {} sums over {} ranks, B={}", 2 * c.layers + 1, ranks.size(), n), sums,
-         fmt::format("{:.0f}% of the step", 100 * sums.in_row / t.in_row));
+    line(fmt::format("{} sums by themselves, over {} ranks, B={}", 2 * c.layers + 1, ranks.size(),
+                     n),
+         sums, fmt::format("{:.0f}% of the step's time", 100 * sums.in_row / t.in_row));
   }
   if (ranks.size() > 1) return;
   for (const int64_t n : {int64_t{2048}}) {
