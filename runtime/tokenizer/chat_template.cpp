@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <array>
 
 #include "runtime/base/error.h"
 #include "runtime/base/printable.h"
@@ -10,11 +11,24 @@
 namespace passel {
 namespace {
 
+// As Jinja's trim and Python's strip() do.
 std::string_view Trim(std::string_view text) {
-  static constexpr std::string_view kSpace = " \t\n\r\f\v";
-  const size_t first = text.find_first_not_of(kSpace);
-  if (first == std::string_view::npos) return {};
-  return text.substr(first, text.find_last_not_of(kSpace) - first + 1);
+  static constexpr auto kSpaces = std::to_array<std::string_view>(
+      {" ",      "\t",     "\n",     "\v",     "\f",     "\r",     "\x1c",   "\x1d",
+       "\x1e",   "\x1f",   "\u0085", "\u00a0", "\u1680", "\u2000", "\u2001", "\u2002",
+       "\u2003", "\u2004", "\u2005", "\u2006", "\u2007", "\u2008", "\u2009", "\u200a",
+       "\u2028", "\u2029", "\u202f", "\u205f", "\u3000"});
+  const auto strip = [&](auto found, auto remove) {
+    for (const auto* space = std::ranges::find_if(kSpaces, found); space != kSpaces.end();
+         space = std::ranges::find_if(kSpaces, found)) {
+      remove(space->size());
+    }
+  };
+  strip([&](std::string_view space) { return text.starts_with(space); },
+        [&](size_t n) { text.remove_prefix(n); });
+  strip([&](std::string_view space) { return text.ends_with(space); },
+        [&](size_t n) { text.remove_suffix(n); });
+  return text;
 }
 
 // A user's message that is no answer of a tool.

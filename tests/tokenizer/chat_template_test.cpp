@@ -211,6 +211,26 @@ TEST(ChatTemplate, BosOfMessages) {
   EXPECT_GE(put, 5u);
 }
 
+// Python's strip() knows Unicode's white space, at both ends, and leaves what is within.
+TEST(ChatTemplate, TrimsAllWhiteSpace) {
+  size_t trimming = 0;
+  for (const Case& c : Cases()) {
+    if (c.name != "Llama 2" && c.name != "Llama 3") continue;
+    ++trimming;
+    const TokenizerData data = WithBosAndEos(c.jinja);
+    const std::string text = Apply(data, {{"user", "a\u3000b"}});
+    for (const char* space : {" ", "\x1c", "\u0085", "\u00a0", "\u1680", "\u2003", "\u200a",
+                              "\u2028", "\u202f", "\u205f", "\u3000"}) {
+      const std::string content = std::string(space) + "\ta\u3000b\n" + space;
+      EXPECT_EQ(Apply(data, {{"user", content}}), text) << c.name;
+    }
+    // Not white space to Python: zero width space, and half a character.
+    EXPECT_NE(Apply(data, {{"user", "a\u3000b\u200b"}}), text) << c.name;
+    EXPECT_NE(Apply(data, {{"user", "a\u3000b\x80"}}), text) << c.name;
+  }
+  EXPECT_EQ(trimming, 2u);
+}
+
 TEST(ChatTemplate, SaysWhichRoleIsOutOfTurn) {
   for (const Case& c : Cases()) {
     const TokenizerData data = WithBosAndEos(c.jinja);
