@@ -49,12 +49,17 @@ std::string Canonical(std::string_view jinja) {
 size_t TagEnd(std::string_view jinja, size_t at) {
   const std::string_view close = jinja[at + 1] == '{' ? "}}" : jinja[at + 1] == '%' ? "%}" : "#}";
   char quote = 0;
+  size_t braces = 0;
   for (size_t i = at + 2; i + 1 < jinja.size(); ++i) {
     if (quote != 0) {
       if (jinja[i] == '\\')
         ++i;
       else if (jinja[i] == quote)
         quote = 0;
+    } else if (close != "#}" && jinja[i] == '{') {
+      ++braces;
+    } else if (braces > 0 && jinja[i] == '}') {
+      --braces;
     } else if (jinja.substr(i, 2) == close) {
       return i + 2;
     } else if (close != "#}" && (jinja[i] == '\'' || jinja[i] == '"')) {
@@ -100,6 +105,8 @@ std::vector<std::string> AllPieces(std::string_view jinja) {
     if (end == std::string_view::npos) return {};
     const std::string_view open = jinja.substr(at, 2), close = jinja.substr(end - 2, 2);
     std::string_view inside = jinja.substr(at + 2, end - at - 4);
+    // A '+' keeps white space that is else left out.
+    if (inside.starts_with('+') || inside.ends_with('+')) return {};
     if (inside.starts_with('-')) inside.remove_prefix(1);
     strip_left = inside.ends_with('-');
     if (strip_left) inside.remove_suffix(1);
@@ -175,6 +182,11 @@ std::vector<std::string> WithoutTools(const std::vector<std::string>& all) {
                last = piece == "{%else%}", end = piece == "{%endif%}";
     if (!first && open.empty() && (other || last || end)) return {};
     const bool loop = piece.starts_with("{%for"), loop_end = piece == "{%endfor%}";
+    // Others (raw, macro, …) change what is around them, dropped or not.
+    const bool set = piece.starts_with("{%set") && piece.find('=') != std::string::npos;
+    if (piece.starts_with("{%") && !(first || other || last || end || loop || loop_end || set)) {
+      return {};
+    }
     if (!(first || other || last || end)) {
       if (!skipping()) kept.push_back(piece);
       if (loop) open.push_back({.loop = true});
