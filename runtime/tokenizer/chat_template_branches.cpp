@@ -137,7 +137,10 @@ bool ChatTemplate::RecogniseQwen3(std::span<const std::string> pieces) {
   // The last question's index, of those counted from the back.
   const std::string seeking =
       in.TakeLiteral("{%setns=namespace(", "=true,last_query_index=messages|length-1)%}");
-  if (seeking.empty() || !in.Take({"{%formessageinmessages[::-1]%}"})) return false;
+  if (seeking.empty() || seeking == "last_query_index" ||
+      !in.Take({"{%formessageinmessages[::-1]%}"})) {
+    return false;
+  }
   const bool named = in.Take({"{%setindex=(messages|length-1)-loop.index0%}"});
   static constexpr std::string_view kNoToolsAnswer =
       "not(message['content'].startswith('<tool_response>')and"

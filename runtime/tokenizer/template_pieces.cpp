@@ -45,6 +45,90 @@ std::string Canonical(std::string_view jinja) {
   return out;
 }
 
+constexpr auto kWords = std::to_array<std::string_view>({"if",
+                                                         "elif",
+                                                         "else",
+                                                         "endif",
+                                                         "for",
+                                                         "endfor",
+                                                         "in",
+                                                         "set",
+                                                         "not",
+                                                         "and",
+                                                         "or",
+                                                         "is",
+                                                         "defined",
+                                                         "none",
+                                                         "true",
+                                                         "false",
+                                                         "string",
+                                                         "messages",
+                                                         "message",
+                                                         "loop_messages",
+                                                         "system_message",
+                                                         "user_messages",
+                                                         "content",
+                                                         "role",
+                                                         "loop",
+                                                         "first",
+                                                         "last",
+                                                         "index",
+                                                         "index0",
+                                                         "length",
+                                                         "trim",
+                                                         "list",
+                                                         "strip",
+                                                         "lstrip",
+                                                         "rstrip",
+                                                         "split",
+                                                         "startswith",
+                                                         "endswith",
+                                                         "namespace",
+                                                         "ns",
+                                                         "seek",
+                                                         "multi_step_tool",
+                                                         "last_query_index",
+                                                         "reasoning_content",
+                                                         "enable_thinking",
+                                                         "add_generation_prompt",
+                                                         "bos_token",
+                                                         "eos_token",
+                                                         "raise_exception",
+                                                         "tools",
+                                                         "custom_tools",
+                                                         "builtin_tools",
+                                                         "tools_in_user_message",
+                                                         "tool_calls",
+                                                         "date_string",
+                                                         "strftime_now",
+                                                         "rejectattr",
+                                                         "selectattr",
+                                                         "0",
+                                                         "1",
+                                                         "2"});
+
+// Whether all words of a tag are ones that known templates have: without spaces, others might read
+// as two of them.
+bool WordsAreKnown(std::string_view jinja) {
+  const auto in_word = [](char c) {
+    return c == '_' || (c >= '0' && c <= '9') || (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z');
+  };
+  for (size_t i = 0; i < jinja.size();) {
+    if (jinja[i] == '\'' || jinja[i] == '"') {
+      const char quote = jinja[i++];
+      for (; i < jinja.size() && jinja[i] != quote; ++i) i += jinja[i] == '\\';
+      ++i;
+    } else if (in_word(jinja[i])) {
+      const size_t begin = i;
+      while (i < jinja.size() && in_word(jinja[i])) ++i;
+      if (std::ranges::find(kWords, jinja.substr(begin, i - begin)) == kWords.end()) return false;
+    } else {
+      ++i;
+    }
+  }
+  return true;
+}
+
 // Where the tag that begins at `at` ends, behind its "}}" or "%}"; npos where it does not.
 size_t TagEnd(std::string_view jinja, size_t at) {
   const std::string_view close = jinja[at + 1] == '{' ? "}}" : jinja[at + 1] == '%' ? "%}" : "#}";
@@ -113,7 +197,8 @@ std::vector<std::string> AllPieces(std::string_view jinja) {
     behind_block = open != "{{";
     at_begin = false;
     if (open != "{#") {
-      pieces.push_back(std::string(open) + Canonical(inside) + std::string(close));
+      const char* unknown = WordsAreKnown(inside) ? "" : "?";  // so that it is nobody's piece
+      pieces.push_back(std::string(open) + Canonical(inside) + unknown + std::string(close));
     }
     jinja.remove_prefix(end);
   }
@@ -140,6 +225,9 @@ constexpr std::array kNever = {
     std::string_view("message.reasoning_contentisstring"),
     std::string_view("message.reasoning_contentisdefinedandmessage.reasoning_contentisnotnone"),
 };
+// What conditions on the loop's message have.
+constexpr auto kOfMessage =
+    std::to_array<std::string_view>({"message.", "message[", "inmessage", "(message=="});
 // Such as hold for all of them.
 constexpr std::array kAlways = {
     std::string_view(
@@ -206,12 +294,18 @@ std::vector<std::string> WithoutTools(const std::vector<std::string>& all) {
     }
     const size_t from = first ? 4 : 6;
     const std::string condition = last ? "" : piece.substr(from, piece.size() - from - 2);
-    if (now.decided || (!last && IsOneOf(kNever, condition)) ||
+    // A message's conditions hold, or not, where there is one.
+    const bool of_message = std::ranges::any_of(kOfMessage, [&](std::string_view part) {
+      return condition.find(part) != std::string::npos;
+    });
+    const bool decidable =
+        !of_message || std::ranges::any_of(open, [](const If& i) { return i.loop; });
+    if (now.decided || (!last && decidable && IsOneOf(kNever, condition)) ||
         (now.but_system && condition == "message['role']=='assistant'")) {
       now.skipping = true;
       continue;
     }
-    const bool always = last || IsOneOf(kAlways, condition);
+    const bool always = last || (decidable && IsOneOf(kAlways, condition));
     now.decided = always;
     now.but_system = IsOneOf(kAllButFirstSystem, condition);
     if (dead) continue;

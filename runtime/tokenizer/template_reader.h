@@ -50,8 +50,9 @@ class TemplateReader {
       return "";
     }
     text = text.substr(open.size(), text.size() - open.size() - close.size());
-    // A quote: the literal ends before the text does, which is then an expression.
-    if (text.find_first_of("'\"{}\\") != std::string_view::npos) return "";
+    // A quote: the literal ends before the text does, which is then an expression. Jinja reads
+    // a carriage return as a line break.
+    if (text.find_first_of("'\"{}\\\r") != std::string_view::npos) return "";
     left_ = left_.subspan(1);
     return std::string(text);
   }

@@ -246,6 +246,33 @@ TEST(ChatTemplate, SaysWhichRoleIsOutOfTurn) {
   }
 }
 
+TEST(ChatTemplate, RefusesWhatReadsAlikeWithoutSpaces) {
+  size_t changed = 0;
+  for (const Case& c : Cases()) {
+    if (c.name.starts_with("not: ")) continue;
+    for (const auto& [from, to] :
+         {std::pair("loop.last and ", "loop.lastand"),
+          {"loop.first and ", "loop.firstand"},
+          {"if not ", "if not"},
+          {"{% for message in messages %}", "{#+ #}{% for message in messages %}"},
+          {"Be kind to", "Be kind\rto"}}) {
+      std::string jinja = c.jinja;
+      const size_t at = jinja.find(from);
+      if (at == std::string::npos) continue;
+      ++changed;
+      ExpectUsageError(WithBosAndEos(jinja.replace(at, std::string(from).size(), to)),
+                       {{"user", "x"}}, "not served");
+    }
+    const std::string tools = "{% if tools %}";
+    ExpectUsageError(
+        WithBosAndEos(tools + "{% raw %}{% endif %}" + c.jinja + tools + "{% endraw %}{% endif %}"),
+        {{"user", "x"}}, "not served");
+    ExpectUsageError(WithBosAndEos("{% if message.tool_calls %}{% endif %}" + c.jinja),
+                     {{"user", "x"}}, "not served");
+  }
+  EXPECT_GE(changed, 15u);
+}
+
 TEST(ChatTemplate, RefusesWhatItDoesNotKnow) {
   ExpectUsageError(WithTemplate(""), {{"user", "x"}}, "no chat template");
   ExpectUsageError(WithTemplate("[INST] {{ x }} [/INST]"), {{"user", "x"}}, "not served");
