@@ -1,5 +1,6 @@
 #include "cluster/messages.h"
 
+#include <algorithm>
 #include <array>
 #include <bit>
 #include <type_traits>
@@ -139,37 +140,30 @@ bool Walk(const WireShape& shape, uint32_t count, std::span<const std::byte> pay
   return true;
 }
 
-template <typename Entry>
+// Builds in `out` and hands each entry's (buffer, parts, offset) to `place`.
+template <typename Entry, typename Place>
 std::vector<std::byte> Build(const WireShape& shape, std::span<const Entry> entries,
-                             std::vector<uint64_t>* offsets) {
+                             std::vector<std::byte> out, Place place) {
   Check(entries.size() <= shape.max_entries, "payload with too many entries");
-  uint64_t offset = RoundUp(entries.size_bytes(), kAlign);
+  const uint64_t data = RoundUp(entries.size_bytes(), kAlign);
+  uint64_t offset = data;
   for (const Entry& e : entries) {
     const char* fault = Fault(shape, e);
     Check(fault == nullptr, fault != nullptr ? fault : "");
-    offsets->push_back(offset);
     const auto parts = PartsOf(shape, e);
     const auto end = parts ? EndOf(*parts, offset) : std::nullopt;
     Check(end && *end <= kMaxPayloadBytes, "payload above the limit: split it");
     offset = *end;
   }
   Check(offset <= kMaxPayloadBytes, "payload above the limit: split it");
-  std::vector<std::byte> out(offset);
+  out.resize(offset);
   auto* to = reinterpret_cast<Entry*>(out.data());
-  for (size_t i = 0; i < entries.size(); ++i) to[i] = entries[i];
-  return out;
-}
-
-// Builds and hands each entry's (buffer, parts, offset) to `place`.
-template <typename Entry, typename Place>
-std::vector<std::byte> BuildAndPlace(const WireShape& shape, std::span<const Entry> entries,
-                                     Place place) {
-  std::vector<uint64_t> offsets;
-  offsets.reserve(entries.size());
-  std::vector<std::byte> out = Build(shape, entries, &offsets);
+  offset = data;
   for (size_t i = 0; i < entries.size(); ++i) {
-    uint64_t offset = offsets[i];
-    place(out.data(), *PartsOf(shape, entries[i]), offset);
+    to[i] = entries[i];
+    const Parts parts = *PartsOf(shape, entries[i]);
+    place(out.data(), parts, offset);
+    offset = *EndOf(parts, offset);
   }
   return out;
 }
@@ -180,6 +174,7 @@ std::optional<std::vector<QueryView>> ParseQuery(const WireShape& shape, uint32_
                                                  std::span<const std::byte> payload,
                                                  std::string* why) {
   std::vector<QueryView> views;
+  views.reserve(std::min<size_t>(count, payload.size() / sizeof(QueryEntry)));
   const auto visit = [&](const QueryEntry& e, const Parts& p, uint64_t at) {
     const auto q = Take<float>(payload.data(), at, p[0]);
     const auto codes = Take<uint16_t>(payload.data(), at, p[1]);
@@ -194,6 +189,7 @@ std::optional<std::vector<PartialView>> ParsePartial(const WireShape& shape, uin
                                                      std::span<const std::byte> payload,
                                                      std::string* why) {
   std::vector<PartialView> views;
+  views.reserve(std::min<size_t>(count, payload.size() / sizeof(PartialEntry)));
   const auto visit = [&](const PartialEntry& e, const Parts& p, uint64_t at) {
     const auto max = Take<float>(payload.data(), at, p[0]);
     const auto den = Take<float>(payload.data(), at, p[1]);
@@ -230,9 +226,9 @@ std::optional<std::vector<KeyMeanView>> ParseKeyMean(const WireShape& shape, uin
 }
 
 std::vector<std::byte> BuildQuery(const WireShape& shape, std::span<const QueryEntry> entries,
-                                  std::vector<QuerySpace>* spaces) {
+                                  std::vector<QuerySpace>* spaces, std::vector<std::byte> used) {
   if (spaces != nullptr) spaces->clear();
-  return BuildAndPlace(shape, entries, [&](std::byte* base, const Parts& p, uint64_t at) {
+  return Build(shape, entries, std::move(used), [&](std::byte* base, const Parts& p, uint64_t at) {
     if (spaces == nullptr) return;
     const auto q = Take<float>(base, at, p[0]);
     spaces->push_back({q, Take<uint16_t>(base, at, p[1])});
@@ -240,9 +236,10 @@ std::vector<std::byte> BuildQuery(const WireShape& shape, std::span<const QueryE
 }
 
 std::vector<std::byte> BuildPartial(const WireShape& shape, std::span<const PartialEntry> entries,
-                                    std::vector<PartialSpace>* spaces) {
+                                    std::vector<PartialSpace>* spaces,
+                                    std::vector<std::byte> used) {
   if (spaces != nullptr) spaces->clear();
-  return BuildAndPlace(shape, entries, [&](std::byte* base, const Parts& p, uint64_t at) {
+  return Build(shape, entries, std::move(used), [&](std::byte* base, const Parts& p, uint64_t at) {
     if (spaces == nullptr) return;
     const auto max = Take<float>(base, at, p[0]);
     const auto den = Take<float>(base, at, p[1]);
@@ -253,7 +250,7 @@ std::vector<std::byte> BuildPartial(const WireShape& shape, std::span<const Part
 std::vector<std::byte> BuildKv(const WireShape& shape, std::span<const KvEntry> entries,
                                std::vector<KvSpace>* spaces) {
   if (spaces != nullptr) spaces->clear();
-  return BuildAndPlace(shape, entries, [&](std::byte* base, const Parts& p, uint64_t at) {
+  return Build(shape, entries, {}, [&](std::byte* base, const Parts& p, uint64_t at) {
     if (spaces == nullptr) return;
     const auto rows = Take<bf16>(base, at, p[0]);
     spaces->push_back({rows, Take<uint16_t>(base, at, p[1])});
@@ -263,7 +260,7 @@ std::vector<std::byte> BuildKv(const WireShape& shape, std::span<const KvEntry> 
 std::vector<std::byte> BuildKeyMean(const WireShape& shape, std::span<const KeyMeanEntry> entries,
                                     std::vector<std::span<float>>* spaces) {
   if (spaces != nullptr) spaces->clear();
-  return BuildAndPlace(shape, entries, [&](std::byte* base, const Parts& p, uint64_t at) {
+  return Build(shape, entries, {}, [&](std::byte* base, const Parts& p, uint64_t at) {
     if (spaces != nullptr) spaces->push_back(Take<float>(base, at, p[0]));
   });
 }

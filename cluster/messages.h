@@ -124,11 +124,14 @@ struct KvSpace {
   std::span<uint16_t> codes;
 };
 // Entries that the peer's parser would refuse are a bug and throw, as is a payload above
-// kMaxPayloadBytes; `spaces` may be null.
+// kMaxPayloadBytes; `spaces` may be null. What travels every layer is built in memory that may be
+// used again, `used`: a former payload, whose content stays where nothing is written, or none.
 std::vector<std::byte> BuildQuery(const WireShape& shape, std::span<const QueryEntry> entries,
-                                  std::vector<QuerySpace>* spaces);
+                                  std::vector<QuerySpace>* spaces,
+                                  std::vector<std::byte> used = {});
 std::vector<std::byte> BuildPartial(const WireShape& shape, std::span<const PartialEntry> entries,
-                                    std::vector<PartialSpace>* spaces);
+                                    std::vector<PartialSpace>* spaces,
+                                    std::vector<std::byte> used = {});
 std::vector<std::byte> BuildKv(const WireShape& shape, std::span<const KvEntry> entries,
                                std::vector<KvSpace>* spaces);
 std::vector<std::byte> BuildKeyMean(const WireShape& shape, std::span<const KeyMeanEntry> entries,

@@ -54,12 +54,13 @@ Batch::Batch(const Options& options, const Kernels& kernels, AttendBatch batch,
     // Whole cache lines, so that threads do not share one.
     floats += RoundUp(HeadsOf(units_.back()) * (options_.head_dim + 2), 16);
   };
+  units_.reserve(items_.size() * options_.group);
   for (uint32_t i = 0; i < items_.size(); ++i) {
     merged_[i].first = units_.size();
     const bool by_head =
         options_.estimator == Estimator::kTopK || options_.estimator == Estimator::kOracleSample;
     for (uint32_t v = 0; v < items_[i].views.size(); ++v) {
-      const SegmentView& view = *items_[i].views[v];
+      const SegmentView& view = items_[i].views[v];
       const bool whole = by_head && !batch_.items[i].exact;
       const uint32_t exact_from = whole ? view.limit : view.sampled;
       if (exact_from > 0) {
@@ -96,7 +97,7 @@ void Batch::Run(size_t index) {
 void Batch::RunUnit(size_t index, const Partials& out) {
   const Unit& unit = units_[index];
   const QueryItem& item = batch_.items[unit.item];
-  const SegmentView& view = *items_[unit.item].views[unit.view];
+  const SegmentView& view = items_[unit.item].views[unit.view];
   if (unit.head == kAllHeads) {
     RunExact(index, view, item.q, out);
     return;
@@ -228,7 +229,7 @@ void Batch::Merge(size_t index, PartialItem& into) {
   const Partials from = PartialsOf(unit);
   const size_t d = options_.head_dim;
   const size_t first = unit.head == kAllHeads ? 0 : unit.head;
-  const uint64_t offset = items_[unit.item].views[unit.view]->segment->spec().first_token;
+  const uint64_t offset = items_[unit.item].views[unit.view].segment->spec().first_token;
   for (size_t h = 0; h < HeadsOf(unit); ++h) {
     const size_t at = first + h;
     MergePartial({&into.max[at], &into.den[at], &into.num[at * d]}, from.max[h], from.den[h],
@@ -247,7 +248,7 @@ void Batch::MergeItem(uint32_t item) {
   size_t at = result.first;
   for (uint32_t v = 0; v < items_[item].views.size(); ++v) {
     if (options_.deterministic) {
-      const uint32_t number = items_[item].views[v]->segment->number();
+      const uint32_t number = items_[item].views[v].segment->number();
       result.partials.push_back(Empty(item, static_cast<int32_t>(number)));
     }
     for (; at < result.last && units_[at].view == v; ++at) Merge(at, result.partials.back());

@@ -38,7 +38,7 @@ class Scratch {
 class Batch {
  public:
   struct Item {
-    std::vector<std::unique_ptr<SegmentView>> views;  // in the order of the segments
+    std::vector<SegmentView> views;  // in the order of the segments
   };
   Batch(const Options& options, const Kernels& kernels, AttendBatch batch, std::vector<Item> items);
 

@@ -1,7 +1,6 @@
 #include "host_attention/host_attention.h"
 
 #include <algorithm>
-#include <map>
 #include <mutex>
 #include <optional>
 #include <string>
@@ -86,8 +85,33 @@ struct Head {
   }
 };
 
-using HeadId = std::pair<uint32_t, uint32_t>;  // layer, KV head
-using Request = std::map<HeadId, Head>;
+// By layer, then KV head: a query looks up each of its heads. What is not here has no segments.
+class Request {
+ public:
+  const Head* Find(uint32_t layer, uint32_t kv_head) const {
+    if (layer >= layers_.size() || kv_head >= layers_[layer].size()) return nullptr;
+    const Head& head = layers_[layer][kv_head];
+    return head.segments.empty() ? nullptr : &head;
+  }
+  Head* Find(uint32_t layer, uint32_t kv_head) {
+    return const_cast<Head*>(std::as_const(*this).Find(layer, kv_head));
+  }
+  // To be given a segment.
+  Head& Add(uint32_t layer, uint32_t kv_head) {
+    if (layer >= layers_.size()) layers_.resize(layer + size_t{1});
+    std::vector<Head>& heads = layers_[layer];
+    if (kv_head >= heads.size()) heads.resize(kv_head + size_t{1});
+    return heads[kv_head];
+  }
+  void Sort() {
+    for (std::vector<Head>& heads : layers_) {
+      for (Head& head : heads) head.Sort();
+    }
+  }
+
+ private:
+  std::vector<std::vector<Head>> layers_;
+};
 
 std::string Gigabytes(uint64_t bytes) {
   return std::to_string(bytes) + " bytes (" + std::to_string(bytes >> 20) + " MiB)";
@@ -108,13 +132,9 @@ struct HostAttention::Impl {
       *status = Status::kUnknownRequest;
       return nullptr;
     }
-    const auto head = found->second.find({layer, kv_head});
-    if (head == found->second.end()) {
-      *status = Status::kNotHere;
-      return nullptr;
-    }
-    *status = Status::kOk;
-    return &head->second;
+    Head* const head = found->second.Find(layer, kv_head);
+    *status = head == nullptr ? Status::kNotHere : Status::kOk;
+    return head;
   }
 
   Status Prepare(const AttendBatch& batch, const QueryItem& query, Batch::Item* item);
@@ -178,7 +198,7 @@ void HostAttention::Open(const OpenSpec& spec) {
   Request added = open == impl_->requests.end() ? Request() : open->second;
   for (const uint32_t layer : spec.layer_list) {
     for (const OpenSpec::Part& part : spec.parts) {
-      Head& head = added[{layer, part.kv_head}];
+      Head& head = added.Add(layer, part.kv_head);
       if (head.mean == nullptr) head.mean = impl_->no_mean;
       Check(head.Find(part.segment) == nullptr, "a segment is opened once");
       Slab slab = map->Take(SegmentSlabBytes(options, part.spec),
@@ -191,7 +211,7 @@ void HostAttention::Open(const OpenSpec& spec) {
            nullptr});
     }
   }
-  for (auto& [id, head] : added) head.Sort();
+  added.Sort();
   impl_->requests[spec.request] = std::move(added);
 }
 
@@ -208,13 +228,13 @@ Status HostAttention::Share(const ShareSpec& spec) {
       const Segment& segment = *held->segment;
       if (!segment.spec().prompt) return Status::kBadArgument;
       if (segment.present() < segment.spec().capacity) return Status::kMissingTokens;
-      Head& head = added[{layer, part.kv_head}];
+      Head& head = added.Add(layer, part.kv_head);
       if (head.mean == nullptr) head.mean = impl_->no_mean;
       if (head.Find(part.segment) != nullptr) return Status::kBadArgument;
       head.segments.push_back({held->segment, from->MeanOf(*held)});
     }
   }
-  for (auto& [id, head] : added) head.Sort();
+  added.Sort();
   impl_->requests[spec.request] = std::move(added);
   return Status::kOk;
 }
@@ -269,10 +289,9 @@ Status HostAttention::Impl::Prepare(const AttendBatch& batch, const QueryItem& q
     if (query.offloaded_tokens <= spec.first_token) continue;
     const uint64_t tokens = std::min(query.offloaded_tokens - spec.first_token, spec.capacity);
     if (segment->present() < tokens) return Status::kMissingTokens;
-    auto view = segment->View(tokens, sampling);
-    if (view == nullptr) return Status::kBadArgument;
-    view->mean = head->MeanOf(held);
-    item->views.push_back(std::move(view));
+    SegmentView& view = item->views.emplace_back();
+    if (!segment->View(tokens, sampling, &view)) return Status::kBadArgument;
+    view.mean = head->MeanOf(held);
   }
   return Status::kOk;
 }
@@ -294,26 +313,33 @@ void HostAttention::Impl::Start(const std::shared_ptr<Batch>& batch,
                                 std::function<void(std::vector<PartialItem>)> done) {
   // One count for this thread and one for every segment that is still being sealed; whoever brings
   // it to 0 starts the units.
-  auto waiting = std::make_shared<std::atomic<size_t>>(1);
-  const auto arrive = [p = pool.get(), batch, waiting, done = std::move(done)] {
-    if (waiting->fetch_sub(1) != 1) return;
+  struct Gate {
+    std::atomic<size_t> waiting{1};
+    std::function<void(std::vector<PartialItem>)> done;
+  };
+  const auto gate = std::make_shared<Gate>();
+  gate->done = std::move(done);
+  const auto arrive = [p = pool.get(), batch, gate] {
+    if (gate->waiting.fetch_sub(1) != 1) return;
     p->ForEach(
         Pool::Lane::kForeground, batch->units(), [batch](size_t unit) { batch->Run(unit); },
-        [batch, done] {
+        [batch, gate] {
           std::vector<PartialItem> partials = batch->Finish();
           batch->Drop();
-          done(std::move(partials));
+          gate->done(std::move(partials));
         });
   };
   for (const Batch::Item& item : batch->items()) {
-    for (const auto& view : item.views) {
-      if (view->sampled == 0) continue;
-      waiting->fetch_add(1);
-      if (!view->segment->WhenSealed(arrive)) waiting->fetch_sub(1);
+    for (const SegmentView& view : item.views) {
+      if (view.sampled == 0 || !view.segment->sealing()) continue;
+      gate->waiting.fetch_add(1);
+      if (!view.segment->WhenSealed(arrive)) gate->waiting.fetch_sub(1);
     }
   }
   arrive();
 }
+
+bool HostAttention::Help() { return impl_->pool->Help(); }
 
 void HostAttention::Release(RequestId request) { impl_->requests.erase(request); }
 

@@ -171,8 +171,13 @@ class HostAttention {
   // Whether a query for this many tokens can be answered now (all rows of this host's segments
   // below it are there; sealing, where due, is waited for inside Attend).
   bool Ready(RequestId request, uint32_t layer, uint32_t kv_head, uint64_t offloaded_tokens) const;
-  // Starts; `done` runs on one of those threads. The batch's q and codes are valid until then.
+  // Starts; `done` runs on one of those threads, or in Help. The batch's q and codes are valid
+  // until then. Where the status is not kOk, nothing is started: kMissingTokens until the tokens
+  // are there.
   Status Attend(AttendBatch batch, std::function<void(std::vector<PartialItem>)> done);
+  // Runs one unit of a batch's work on this thread, where some is waiting: false if there is none.
+  // A unit takes some hundred microseconds at most.
+  bool Help();
   // Also while queries of the request run: memory goes when they are done.
   void Release(RequestId request);
   MemoryUsage usage() const;

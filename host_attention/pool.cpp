@@ -68,6 +68,9 @@ struct Pool::Loop {
   std::function<void()> finish;
   std::atomic<size_t> next{0};
   std::atomic<size_t> left{0};
+
+  // All units have begun, if not ended.
+  bool begun() const { return next.load(std::memory_order_relaxed) >= units; }
 };
 
 Pool::Pool(uint32_t threads, bool pin, std::chrono::microseconds spin)
@@ -89,11 +92,27 @@ Pool::~Pool() {
   pushes_.notify_all();
 }
 
+std::unique_lock<std::mutex> Pool::Lock() {
+  constexpr int kLooks = 64;  // a few microseconds
+  std::unique_lock lock(mutex_, std::try_to_lock);
+  for (int i = 0; !lock.owns_lock() && i < kLooks; ++i) {
+    __builtin_ia32_pause();
+    lock.try_lock();
+  }
+  if (!lock.owns_lock()) lock.lock();
+  return lock;
+}
+
 void Pool::Push(Lane lane, Entry entry) {
   const size_t runners = entry.runners;
   {
-    const std::lock_guard lock(mutex_);
+    const auto lock = Lock();
     unfinished_ += runners;
+    if (lane == Lane::kForeground && entry.loop != nullptr) {
+      while (!helpable_.empty() && helpable_.front()->begun()) helpable_.pop_front();
+      helpable_.push_back(entry.loop);
+      any_helpable_ = true;
+    }
     (lane == Lane::kForeground ? foreground_ : background_).push_back(std::move(entry));
     ++pushes_;
   }
@@ -134,7 +153,7 @@ void Pool::AwaitPush(uint32_t seen) {
 }
 
 void Pool::Work() {
-  std::unique_lock lock(mutex_);
+  auto lock = Lock();
   for (;;) {
     Entry entry;
     if (!Take(&entry)) {
@@ -142,7 +161,7 @@ void Pool::Work() {
       const uint32_t seen = pushes_;
       lock.unlock();
       AwaitPush(seen);
-      lock.lock();
+      lock = Lock();
       continue;
     }
     lock.unlock();
@@ -152,7 +171,7 @@ void Pool::Work() {
       entry.job();
     }
     entry = {};  // what it held goes before the pool counts as idle
-    lock.lock();
+    lock = Lock();
     if (--unfinished_ == 0) idle_.notify_all();
   }
 }
@@ -172,23 +191,38 @@ void Pool::ForEach(Lane lane, size_t units, std::function<void(size_t)> unit,
   Push(lane, {nullptr, std::move(loop), std::min<size_t>(units, threads_)});
 }
 
+bool Pool::RunUnit(Loop& loop) {
+  const size_t i = loop.next.fetch_add(1);
+  if (i >= loop.units) return false;
+  loop.unit(i);
+  if (loop.left.fetch_sub(1) > 1) return true;
+  // What the units held goes before anyone learns that they are done: threads that found none left
+  // may keep the loop itself for longer.
+  loop.unit = nullptr;
+  std::exchange(loop.finish, nullptr)();
+  return false;
+}
+
 void Pool::RunLoop(const std::shared_ptr<Loop>& loop) {
-  for (;;) {
-    const size_t i = loop->next.fetch_add(1);
-    if (i >= loop->units) return;
-    loop->unit(i);
-    if (loop->left.fetch_sub(1) == 1) {
-      // What the units held goes before anyone learns that they are done: threads that found none
-      // left may keep the loop itself for longer.
-      loop->unit = nullptr;
-      std::exchange(loop->finish, nullptr)();
-      return;
-    }
-    if (loop->lane == Lane::kBackground) {
-      Push(loop->lane, {nullptr, loop, 1});
-      return;
-    }
+  while (RunUnit(*loop)) {
+    if (loop->lane == Lane::kForeground) continue;
+    Push(loop->lane, {nullptr, loop, 1});
+    return;
   }
+}
+
+bool Pool::Help() {
+  if (!any_helpable_.load(std::memory_order_relaxed)) return false;
+  std::shared_ptr<Loop> loop;
+  {
+    const auto lock = Lock();
+    while (!helpable_.empty() && helpable_.front()->begun()) helpable_.pop_front();
+    any_helpable_ = !helpable_.empty();
+    if (helpable_.empty()) return false;
+    loop = helpable_.front();
+  }
+  RunUnit(*loop);
+  return true;
 }
 
 }  // namespace passel::host

@@ -35,6 +35,9 @@ class Pool {
   // unit is one slice. With 0 units, finish is posted alone.
   void ForEach(Lane lane, size_t units, std::function<void(size_t)> unit,
                std::function<void()> finish);
+  // Runs one unit of the oldest foreground loop that has one left, on the calling thread, which
+  // need be none of the pool's (and runs finish() if that was the last); false if there is none.
+  bool Help();
 
  private:
   struct Loop;
@@ -45,6 +48,9 @@ class Pool {
     size_t runners = 1;
   };
   void Work();
+  // The mutex, which no one holds for long: looked at for a while before this thread sleeps on it,
+  // for many threads want it at once when a loop comes.
+  std::unique_lock<std::mutex> Lock();
   // Until pushes_ is no longer `seen`.
   void AwaitPush(uint32_t seen);
   void Push(Lane lane, Entry entry);
@@ -52,6 +58,9 @@ class Pool {
   // mutex.
   bool Take(Entry* entry);
   void RunLoop(const std::shared_ptr<Loop>& loop);
+  // Runs the next unit and, where it was the last to end, finish(); false where none is left to run
+  // or all are done.
+  static bool RunUnit(Loop& loop);
 
   uint32_t threads_;
   std::chrono::microseconds spin_;
@@ -62,7 +71,9 @@ class Pool {
   std::atomic<uint32_t> pushes_{0};
   std::condition_variable idle_;
   std::deque<Entry> foreground_, background_;
-  size_t unfinished_ = 0;  // jobs queued or running
+  std::deque<std::shared_ptr<Loop>> helpable_;  // foreground loops, until all units have begun
+  std::atomic<bool> any_helpable_{false};       // there may be some; changes under the mutex
+  size_t unfinished_ = 0;                       // jobs queued or running
   bool stopping_ = false;
   std::vector<std::jthread> workers_;
 };

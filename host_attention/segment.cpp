@@ -226,24 +226,24 @@ void Segment::StartMerge() {
       });
 }
 
-std::unique_ptr<SegmentView> Segment::View(uint64_t tokens, bool sampling) const {
-  auto view = std::make_unique<SegmentView>();
+bool Segment::View(uint64_t tokens, bool sampling, SegmentView* view) const {
   view->segment = shared_from_this();
   view->rows = rows_;
   view->limit = static_cast<uint32_t>(tokens);
-  if (!sampling || tokens == 0) return view;
-  if (codes_ != Codes::kPresent) return nullptr;
+  if (!sampling || tokens == 0) return true;
+  if (codes_ != Codes::kPresent) return false;
   if (prompt_ != nullptr) {
     if (tokens == spec_.capacity) {
       view->sampled = view->limit;
       view->blocks.push_back(prompt_);
     }
-    return view;
+    return true;
   }
   view->sampled = view->limit / kOpenTokens * kOpenTokens;
+  if (view->sampled == 0) return true;
   const std::lock_guard lock(mutex_);
   view->blocks = blocks_;
-  return view;
+  return true;
 }
 
 }  // namespace passel::host

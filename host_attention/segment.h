@@ -1,5 +1,6 @@
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -76,8 +77,10 @@ class Segment : public std::enable_shared_from_this<Segment> {
   uint64_t present() const { return present_; }
   // As HostAttention::Append, for tokens [first, first + count) of this segment.
   Status Append(uint64_t first, uint32_t count, const bf16* rows, const uint16_t* codes);
-  // tokens ≤ present(). Where `sampling`, codes must have come with the tokens: else nullptr.
-  std::unique_ptr<SegmentView> View(uint64_t tokens, bool sampling) const;
+  // tokens ≤ present(). Where `sampling`, codes must have come with the tokens: else false.
+  bool View(uint64_t tokens, bool sampling, SegmentView* view) const;
+  // Whether tables are being sealed. Sealing begins in Append.
+  bool sealing() const { return sealing_.load(std::memory_order_acquire); }
   // Runs `then` on a pool thread once the tables are sealed; false, and does not, where they are.
   bool WhenSealed(std::function<void()> then) const;
 
@@ -105,7 +108,7 @@ class Segment : public std::enable_shared_from_this<Segment> {
 
   mutable std::mutex mutex_;  // guards what follows
   mutable std::vector<std::function<void()>> waiting_;
-  bool sealing_ = false;
+  std::atomic<bool> sealing_{false};  // written under the mutex
   bool merging_ = false;
   Blocks blocks_;  // of a generated segment, adjacent from token 0
 };

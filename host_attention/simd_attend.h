@@ -99,14 +99,33 @@ inline uint32_t ArrangedIndex(uint32_t j) {
   const uint32_t in = j % kChunk;
   return j - in + in / 2 + (in % 2) * Simd::kLanes;
 }
+// Whole chunks are written such that the compiler sees shuffles.
 template <class Rows, class S>
-inline void Arrange(const float* x, const S& s, float* out) {
-  for (uint32_t j = 0; j < s.padded; ++j) out[j] = 0;
-  for (uint32_t j = 0; j < s.d; ++j) out[ArrangedIndex<Rows>(j)] = x[j];
+inline void Arrange(const float* __restrict x, const S& s, float* __restrict out) {
+  uint32_t done = 0;
+  if constexpr (Rows::kInterleaved) {
+    for (; done + kChunk <= s.d; done += kChunk) {
+      for (uint32_t i = 0; i < Simd::kLanes; ++i) {
+        out[done + i] = x[done + 2 * i];
+        out[done + Simd::kLanes + i] = x[done + 2 * i + 1];
+      }
+    }
+  }
+  for (uint32_t j = done; j < s.padded; ++j) out[j] = 0;
+  for (uint32_t j = done; j < s.d; ++j) out[ArrangedIndex<Rows>(j)] = x[j];
 }
 template <class Rows, class S>
-inline void Restore(const float* arranged, const S& s, float* x) {
-  for (uint32_t j = 0; j < s.d; ++j) x[j] = arranged[ArrangedIndex<Rows>(j)];
+inline void Restore(const float* __restrict arranged, const S& s, float* __restrict x) {
+  uint32_t done = 0;
+  if constexpr (Rows::kInterleaved) {
+    for (; done + kChunk <= s.d; done += kChunk) {
+      for (uint32_t i = 0; i < Simd::kLanes; ++i) {
+        x[done + 2 * i] = arranged[done + i];
+        x[done + 2 * i + 1] = arranged[done + Simd::kLanes + i];
+      }
+    }
+  }
+  for (uint32_t j = done; j < s.d; ++j) x[j] = arranged[ArrangedIndex<Rows>(j)];
 }
 
 inline float* Aligned(float* p) {

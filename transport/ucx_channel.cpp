@@ -31,7 +31,8 @@ constexpr int kSpins = 32;
 constexpr int kProgressBatch = 16;
 constexpr auto kForcedClose = std::chrono::milliseconds(100);
 
-// An eventfd that is written once for any number of Wakes before the next Clear.
+// Ends a sleep of the owner thread, from any thread. The system is asked only where the owner
+// sleeps or is about to: a call to it costs more than the hand-over that it announces.
 class WakeEvent {
  public:
   WakeEvent() : fd_(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)) {
@@ -46,19 +47,28 @@ class WakeEvent {
   int fd() const { return fd_; }
   bool is_set() const { return set_.load(std::memory_order_acquire); }
   void Set() {
-    if (!set_.exchange(true)) eventfd_write(fd_, 1);
+    // Either this sees that the owner goes to sleep, or the owner sees that it is set.
+    if (!set_.exchange(true) && asleep_.load()) eventfd_write(fd_, 1);
   }
   // Returns whether it was set.
-  bool Clear() {
-    if (!is_set()) return false;
+  bool Clear() { return is_set() && set_.exchange(false); }
+  // The owner is about to sleep on fd(); false, and it must not, where it is set.
+  bool FallAsleep() {
+    asleep_ = true;
+    if (!set_.load()) return true;
+    asleep_ = false;
+    return false;
+  }
+  // `written`: fd() was readable. What is written later ends the next sleep, for nothing.
+  void Awake(bool written) {
+    asleep_ = false;
     eventfd_t ignored;
-    eventfd_read(fd_, &ignored);
-    return set_.exchange(false);
+    if (written) eventfd_read(fd_, &ignored);
   }
 
  private:
   int fd_;
-  std::atomic<bool> set_{false};
+  std::atomic<bool> set_{false}, asleep_{false};
 };
 
 class Impl final : public UcxChannel {
@@ -331,10 +341,14 @@ void Impl::Wait(std::chrono::milliseconds timeout) {
   const ucs_status_t status = ucp_worker_arm(worker_.get());
   if (status == UCS_ERR_BUSY) return;
   CheckUcx(status, "ucp_worker_arm");
+  if (!wake_.FallAsleep()) return;
   pollfd fds[] = {{worker_fd_, POLLIN, 0}, {wake_.fd(), POLLIN, 0}};
   const int ms = static_cast<int>(std::min<int64_t>(timeout.count(), 1 << 30));
-  if (poll(fds, 2, ms) < 0 && errno != EINTR) {
-    throw Error(ErrorClass::kCluster, std::string("poll failed: ") + std::strerror(errno));
+  const int ready = poll(fds, 2, ms);
+  const int error = errno;
+  wake_.Awake(ready > 0 && fds[1].revents != 0);
+  if (ready < 0 && error != EINTR) {
+    throw Error(ErrorClass::kCluster, std::string("poll failed: ") + std::strerror(error));
   }
 }
 

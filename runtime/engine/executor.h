@@ -124,6 +124,7 @@ class MicroBatch {
  private:
   enum class State : uint8_t { kLayer, kHandOver, kHosts, kDone };
 
+  void Plan();
   void BeginLayer();
   void HandOver();
   void GatherEvicted();
@@ -146,6 +147,7 @@ class MicroBatch {
   int64_t evicted_codes_ = 0;  // of a token
   std::unique_ptr<gpu::Event> event_, evicted_event_;
   std::vector<size_t> leaving_;  // rows of the micro-batch of which a token leaves the window
+  int32_t leaving_layer_ = 0;
 
   State state_ = State::kDone;
   int32_t layer_ = 0;

@@ -88,6 +88,12 @@ std::vector<QueryFrame> HostLink::Plan(std::span<const QueryRow> rows) const {
   return PlanQueries(shape_, slice_, rows, hosts(), job_.deterministic());
 }
 
+size_t HostLink::ReplyFloats(const std::vector<QueryFrame>& plan) const {
+  size_t partials = 0;
+  for (const QueryFrame& frame : plan) partials += frame.partials.size();
+  return partials * PartialFloats();
+}
+
 void HostLink::SendQuery(uint16_t micro_batch, int32_t layer, uint64_t step,
                          const std::vector<QueryFrame>& plan, bool all_exact, const float* q,
                          const uint16_t* codes, ReplyBox* box) {
@@ -98,21 +104,24 @@ void HostLink::SendQuery(uint16_t micro_batch, int32_t layer, uint64_t step,
   box->plan = &plan;
   box->answered.assign(plan.size(), false);
   box->open = plan.size();
-  box->partials.clear();
-  box->values.clear();
+  const size_t floats = ReplyFloats(plan);
+  Check(box->values.size() >= floats, "no memory for the replies");
+  box->partials.assign(floats / PartialFloats(), {});
   if (boxes_.size() <= micro_batch) boxes_.resize(micro_batch + size_t{1});
   boxes_[micro_batch] = box;
 
   const size_t head_q = size_t{shape_.group} * shape_.head_dim;
   const size_t head_codes = size_t{shape_.group} * shape_.l;
-  std::vector<cluster::QueryEntry> entries;
+  std::vector<cluster::QueryEntry> exact;
   std::vector<cluster::QuerySpace> spaces;
   for (const QueryFrame& frame : plan) {
-    entries = frame.entries;
+    std::span<const cluster::QueryEntry> entries = frame.entries;
     if (all_exact) {
-      for (cluster::QueryEntry& e : entries) e.exact = 1;
+      exact = frame.entries;
+      for (cluster::QueryEntry& e : exact) e.exact = 1;
+      entries = exact;
     }
-    auto payload = cluster::BuildQuery(shape_, entries, &spaces);
+    auto payload = cluster::BuildQuery(shape_, entries, &spaces, payloads_.Take());
     for (size_t i = 0; i < spaces.size(); ++i) {
       const size_t at = entries[i].row * heads + (entries[i].first_kv_head - first);
       std::copy_n(q + at * head_q, spaces[i].q.size(), spaces[i].q.begin());
@@ -129,7 +138,7 @@ void HostLink::SendQuery(uint16_t micro_batch, int32_t layer, uint64_t step,
     h.count = static_cast<uint32_t>(entries.size());
     const uint64_t ticket = Ticket(step, layer, micro_batch, frame.part);
     health_.Asked(host_ranks_[frame.host], ticket, Clock::now());
-    Send(frame.host, h, std::move(payload));
+    channel_.Send(host_ranks_[frame.host], payloads_.Frame(h, std::move(payload)));
   }
 }
 
@@ -269,19 +278,21 @@ void HostLink::OnPartial(const transport::FrameHeader& header, std::span<const s
   std::string why;
   const auto views = cluster::ParsePartial(shape_, header.count, payload, &why);
   if (!views) return drop(why);
-  std::vector<PartialKey> keys;
-  keys.reserve(views->size());
-  for (const cluster::PartialView& v : *views) {
-    keys.push_back({v.entry->row, v.entry->kv_head, v.entry->segment});
+  // Exactly those asked for, in their order.
+  const auto is_asked = [](const cluster::PartialView& v, const PartialKey& key) {
+    return PartialKey{v.entry->row, v.entry->kv_head, v.entry->segment} == key;
+  };
+  if (!std::equal(views->begin(), views->end(), frame->partials.begin(), frame->partials.end(),
+                  is_asked)) {
+    return drop("other partials than those asked for");
   }
-  std::sort(keys.begin(), keys.end());
-  if (keys != frame->partials) return drop("other partials than those asked for");
-  for (const cluster::PartialView& v : *views) {
-    const PartialKey key{v.entry->row, v.entry->kv_head, v.entry->segment};
-    box->partials.push_back({key, v.entry->sampled_tokens, box->values.size()});
-    for (const auto part : {v.max, v.den, v.num}) {
-      box->values.insert(box->values.end(), part.begin(), part.end());
-    }
+  for (size_t i = 0; i < views->size(); ++i) {
+    const cluster::PartialView& v = (*views)[i];
+    const uint32_t place = frame->places[i];
+    const size_t at = place * PartialFloats();
+    box->partials[place] = {frame->partials[i], v.entry->sampled_tokens, at};
+    auto to = box->values.begin() + static_cast<std::ptrdiff_t>(at);
+    for (const auto part : {v.max, v.den, v.num}) to = std::copy(part.begin(), part.end(), to);
   }
   health_.Answered(from, Ticket(header.step, header.layer, header.micro_batch, header.part));
   box->answered[number] = true;

@@ -14,6 +14,7 @@
 #include "runtime/engine/query_plan.h"
 #include "runtime/model/transformer.h"
 #include "transport/channel.h"
+#include "transport/payload_pool.h"
 
 namespace passel::engine {
 
@@ -26,13 +27,16 @@ struct ReceivedPartial {
 
 // The replies that a micro-batch waits for, one a frame of `plan`.
 struct ReplyBox {
+  // The asker's, of ReplyFloats(plan): replies are unpacked into it. From memory that the device
+  // reads, they need not be copied once more.
+  std::span<float> values;
+
   uint64_t step = 0;
   int32_t layer = -1;
   const std::vector<QueryFrame>* plan = nullptr;
-  std::vector<bool> answered;  // by frame
-  size_t open = 0;             // frames not answered yet
-  std::vector<ReceivedPartial> partials;
-  std::vector<float> values;
+  std::vector<bool> answered;             // by frame
+  size_t open = 0;                        // frames not answered yet
+  std::vector<ReceivedPartial> partials;  // once complete: by key, rising, whoever answered first
 
   bool complete() const { return open == 0; }
 };
@@ -50,9 +54,12 @@ class HostLink {
 
   // The frames that ask for `rows`, for SendQuery of every layer of a step.
   std::vector<QueryFrame> Plan(std::span<const QueryRow> rows) const;
-  // Asks every host of `plan`; the answers collect in `box`, which must stay where it is, as the
-  // plan, until complete. all_exact: whatever the rows say. q: [rows, heads·head_dim], codes:
-  // [rows, heads·l] (null where all_exact), indexed by row.
+  // Floats of one partial, and of all that `plan` asks for.
+  size_t PartialFloats() const { return size_t{shape_.group} * (shape_.head_dim + size_t{2}); }
+  size_t ReplyFloats(const std::vector<QueryFrame>& plan) const;
+  // Asks every host of `plan`; the answers collect in `box`, which must stay where it is, as its
+  // memory and the plan, until complete. all_exact: whatever the rows say. q: [rows,
+  // heads·head_dim], codes: [rows, heads·l] (null where all_exact), indexed by row.
   void SendQuery(uint16_t micro_batch, int32_t layer, uint64_t step,
                  const std::vector<QueryFrame>& plan, bool all_exact, const float* q,
                  const uint16_t* codes, ReplyBox* box);
@@ -85,7 +92,8 @@ class HostLink {
   cluster::WireShape shape_;
   std::vector<RankId> host_ranks_;
   cluster::HealthTracker health_;
-  std::vector<ReplyBox*> boxes_;  // by micro-batch
+  transport::PayloadPool payloads_;  // of queries
+  std::vector<ReplyBox*> boxes_;     // by micro-batch
   std::string lost_;
   uint64_t dropped_ = 0;
 };

@@ -49,8 +49,13 @@ int HostRank::Run() {
   const RankId leader{0};
   heard_ = beat_ = Clock::now();  // the weights' loading does not count
   auto looked = heard_;
+  // Where each thread has a CPU (cluster::SpinTime), this one takes a share of the work; elsewhere
+  // it would hold a unit while another thread runs in its place.
+  const bool helps = job_.spin >= std::chrono::milliseconds(1);
   while (!stop_) {
-    if (!channel_.Progress()) channel_.Wait(std::chrono::milliseconds(100));
+    const bool any = channel_.Progress();
+    const bool helped = helps && attention_.Help();
+    if (!any && !helped) channel_.Wait(std::chrono::milliseconds(100));
     const auto now = Clock::now();
     // This process stood still (SIGSTOP, a debugger): nobody could be heard in that time.
     if (now - looked > std::chrono::seconds(1)) heard_ += now - looked;
@@ -161,19 +166,24 @@ void HostRank::OnKeyMean(const transport::FrameHeader& header, std::span<const s
 }
 
 void HostRank::OnQuery(const transport::FrameHeader& header, std::span<const std::byte> payload) {
-  auto query = std::make_shared<Query>();
+  // Its memory goes back with it, from whichever thread.
+  const std::shared_ptr<Query> query(new Query, [pool = payloads_](Query* q) mutable {
+    pool.Give(std::move(q->payload));
+    delete q;
+  });
   query->header = header;
+  query->payload = payloads_.Take();
   query->payload.assign(payload.begin(), payload.end());
   std::string why;
   auto views = cluster::ParseQuery(shape_, header.count, query->payload, &why);
   if (!views) return Drop(header, why);
   query->views = std::move(*views);
-  if (Ready(*query)) return Start(query);
+  if (Start(query)) return;
   if (waiting_bytes_ + query->bytes() > kMaxWaitingBytes) {
     return Drop(header, "too many queries wait for tokens");
   }
   waiting_bytes_ += query->bytes();
-  waiting_.push_back(std::move(query));
+  waiting_.push_back(query);
 }
 
 bool HostRank::Ready(const Query& query) const {
@@ -192,29 +202,31 @@ void HostRank::RetryWaiting() {
   for (size_t i = waiting_.size(); i > 0; --i) {
     auto query = std::move(waiting_.front());
     waiting_.pop_front();
-    if (Ready(*query)) {
+    if (Ready(*query) && Start(query)) {
       waiting_bytes_ -= query->bytes();
-      Start(query);
     } else {
       waiting_.push_back(std::move(query));
     }
   }
 }
 
-void HostRank::Start(const std::shared_ptr<Query>& query) {
+bool HostRank::Start(const std::shared_ptr<Query>& query) {
   host::AttendBatch batch;
   batch.layer = query->header.layer;
   const size_t head_floats = size_t{shape_.group} * shape_.head_dim;
+  query->asked.clear();
   for (const cluster::QueryView& v : query->views) {
     for (uint32_t h = 0; h < v.entry->kv_heads; ++h) {
+      const uint32_t kv_head = v.entry->first_kv_head + h;
       batch.items.push_back(
-          {RequestId(v.entry->request), v.entry->first_kv_head + h, v.entry->offloaded_tokens,
-           v.entry->exact != 0, v.q.data() + h * head_floats,
+          {RequestId(v.entry->request), kv_head, v.entry->offloaded_tokens, v.entry->exact != 0,
+           v.q.data() + h * head_floats,
            v.codes.empty() ? nullptr : v.codes.data() + size_t{h} * shape_.group * shape_.l});
+      query->asked.push_back({v.entry->request, 0, v.entry->row, kv_head, -1,
+                              static_cast<uint32_t>(host::Status::kOk)});
     }
   }
   ++in_flight_;
-  const transport::FrameHeader header = query->header;
   const host::Status status = attention_.Attend(
       std::move(batch), [this, query](const std::vector<host::PartialItem>& items) {
         try {
@@ -225,32 +237,27 @@ void HostRank::Start(const std::shared_ptr<Query>& query) {
         --in_flight_;
         channel_.Wake();
       });
-  if (status != host::Status::kOk) {
-    --in_flight_;
-    Drop(header, "query not answered (status " + std::to_string(static_cast<int>(status)) + ")");
-  }
+  if (status == host::Status::kOk) return true;
+  --in_flight_;
+  // Its request may be opened, or its tokens come, later.
+  if (status != host::Status::kBadArgument) return false;
+  Drop(query->header,
+       "query not answered (status " + std::to_string(static_cast<int>(status)) + ")");
+  return true;
 }
 
-// Runs on a thread of the attention arena.
+// Runs on a thread of the attention pool, or on this rank's where it helps.
 void HostRank::Reply(const Query& query, const std::vector<host::PartialItem>& items) {
-  std::vector<const cluster::QueryView*> view_of;
-  std::vector<uint32_t> head_of;
-  for (const cluster::QueryView& v : query.views) {
-    for (uint32_t h = 0; h < v.entry->kv_heads; ++h) {
-      view_of.push_back(&v);
-      head_of.push_back(v.entry->first_kv_head + h);
-    }
-  }
   std::vector<cluster::PartialEntry> entries;
+  entries.reserve(items.size());
   for (const host::PartialItem& item : items) {
-    uint64_t sampled = 0;
-    for (const uint64_t s : item.sampled) sampled += s;
-    const cluster::QueryView& v = *view_of[item.item];
-    entries.push_back({v.entry->request, sampled, v.entry->row, head_of[item.item], item.segment,
-                       static_cast<uint32_t>(host::Status::kOk)});
+    cluster::PartialEntry& entry = entries.emplace_back(query.asked[item.item]);
+    entry.segment = item.segment;
+    for (const uint64_t s : item.sampled) entry.sampled_tokens += s;
   }
   std::vector<cluster::PartialSpace> spaces;
-  auto payload = cluster::BuildPartial(shape_, entries, &spaces);
+  spaces.reserve(items.size());
+  auto payload = cluster::BuildPartial(shape_, entries, &spaces, payloads_.Take());
   for (size_t i = 0; i < items.size(); ++i) {
     std::copy(items[i].max.begin(), items[i].max.end(), spaces[i].max.begin());
     std::copy(items[i].den.begin(), items[i].den.end(), spaces[i].den.begin());
@@ -263,7 +270,7 @@ void HostRank::Reply(const Query& query, const std::vector<host::PartialItem>& i
   h.step = query.header.step;
   h.part = query.header.part;
   h.count = static_cast<uint32_t>(entries.size());
-  channel_.Post(RankId(query.header.source), transport::OutgoingFrame::Own(h, std::move(payload)));
+  channel_.Post(RankId(query.header.source), payloads_.Frame(h, std::move(payload)));
 }
 
 void HostRank::OnControl(const transport::FrameHeader& header, std::span<const std::byte> payload) {

@@ -15,6 +15,7 @@
 #include "host_attention/host_attention.h"
 #include "runtime/engine/job.h"
 #include "transport/channel.h"
+#include "transport/payload_pool.h"
 
 namespace passel::engine {
 
@@ -32,9 +33,11 @@ class HostRank {
   struct Query {
     transport::FrameHeader header;
     std::vector<std::byte> payload;
-    std::vector<cluster::QueryView> views;  // into payload
+    std::vector<cluster::QueryView> views;     // into payload
+    std::vector<cluster::PartialEntry> asked;  // the answers' entries, by item of the batch
 
-    uint64_t bytes() const { return sizeof(Query) + payload.size(); }
+    // Memory that was used before may be larger than what is in it.
+    uint64_t bytes() const { return sizeof(Query) + payload.capacity(); }
   };
 
   // K and V that came before those of the tokens in front of them: a small frame may overtake a
@@ -54,7 +57,8 @@ class HostRank {
   void Open(const cluster::proto::OpenRequest& open);
   void Drop(const transport::FrameHeader& header, const std::string& why);
   bool Ready(const Query& query) const;
-  void Start(const std::shared_ptr<Query>& query);
+  // False where the query must wait for its tokens.
+  bool Start(const std::shared_ptr<Query>& query);
   void Reply(const Query& query, const std::vector<host::PartialItem>& items);
   void RetryWaiting();
   void SendControl(RankId to, const cluster::proto::Control& message);
@@ -62,6 +66,7 @@ class HostRank {
   const Job& job_;
   transport::Channel& channel_;
   cluster::WireShape shape_;
+  transport::PayloadPool payloads_;  // of queries while they are answered, and of replies
   host::HostAttention attention_;
   std::deque<std::shared_ptr<Query>> waiting_;
   uint64_t waiting_bytes_ = 0;

@@ -78,9 +78,21 @@ void MicroBatch::Start(std::span<Sequence* const> sequences, std::span<const int
                        offloaded < w_.job.config.attention().exact_below();
     rows_.push_back({&s.hosted, offloaded, exact, row});
   }
-  if (w_.link) plan_ = w_.link->Plan(rows_);
+  if (w_.link) Plan();
   w_.transformer.Embed(*a_, tokens);
   state_ = State::kLayer;
+}
+
+// Which frames ask the hosts, and room for what they answer.
+void MicroBatch::Plan() {
+  plan_ = w_.link->Plan(rows_);
+  const size_t floats = w_.link->ReplyFloats(plan_);
+  box_.values = {};
+  if (floats == 0) return;
+  if (!reply_memory_ || reply_memory_->bytes() < floats * sizeof(float)) {
+    reply_memory_ = w_.device.AllocateStaging(floats * sizeof(float));
+  }
+  box_.values = {static_cast<float*>(reply_memory_->data()), floats};
 }
 
 bool MicroBatch::Advance() {
@@ -128,6 +140,7 @@ void MicroBatch::BeginLayer() {
                                partials_.num.Rows(0, n)};
   if (hosted && event_->Done()) HandOver();
   w_.device.DecodeAttention(a_->q.Rows(0, n), views, partials);
+  SendEvicted();  // of the layer before: a GPU has work now, and the hosts have none yet
   if (hosted) GatherEvicted();
   if (state_ == State::kLayer) state_ = hosted ? State::kHandOver : State::kHosts;
 }
@@ -146,7 +159,6 @@ void MicroBatch::GatherEvicted() {
   const auto layer = static_cast<size_t>(layer_);
   const auto sinks = static_cast<int64_t>(w_.job.config.attention().sinks());
   TokenPlaces places;
-  leaving_.clear();
   for (size_t i = 0; i < sequences_.size(); ++i) {
     const Sequence& s = *sequences_[i];
     if (w_.job.Offloaded(static_cast<uint64_t>(s.tokens) + 1) == 0) continue;
@@ -172,30 +184,31 @@ void MicroBatch::GatherEvicted() {
     w_.device.HashCodes(k, means,
                         {host + 2 * bytes, gpu::DType::kU16, n, evicted_codes_, evicted_codes_});
   }
+  leaving_layer_ = layer_;
   evicted_event_ = w_.device.Record();
 }
 
-// They leave behind the query, and before the next step's.
+// They leave behind their layer's query, and before the next step's.
 void MicroBatch::SendEvicted() {
-  if (w_.kinds[static_cast<size_t>(layer_)] == Job::LayerKind::kResident || leaving_.empty())
-    return;
+  if (leaving_.empty()) return;
   evicted_event_->Wait();
   const size_t cols = w_.kv_cols(), n = leaving_.size();
   const auto* k = static_cast<const bf16*>(evicted_host_->data());
   const bf16* v = k + n * cols;
   const auto* codes = reinterpret_cast<const uint16_t*>(v + n * cols);
-  const bool hashed = Sampled() && w_.job.lsh();
+  const bool hashed =
+      w_.kinds[static_cast<size_t>(leaving_layer_)] == Job::LayerKind::kSampled && w_.job.lsh();
   for (size_t i = 0; i < n; ++i) {
     const size_t row = leaving_[i];
-    w_.link->SendKv(sequences_[row]->hosted, layer_, rows_[row].offloaded_tokens, 1, k + i * cols,
-                    v + i * cols,
+    w_.link->SendKv(sequences_[row]->hosted, leaving_layer_, rows_[row].offloaded_tokens, 1,
+                    k + i * cols, v + i * cols,
                     hashed ? codes + i * static_cast<size_t>(evicted_codes_) : nullptr);
   }
+  leaving_.clear();
 }
 
 void MicroBatch::FinishLayer() {
   const auto n = static_cast<int64_t>(sequences_.size());
-  SendEvicted();
   MergeReplies();
   const gpu::Partials partials{partials_.max.Rows(0, n), partials_.den.Rows(0, n),
                                partials_.num.Rows(0, n)};
@@ -206,35 +219,27 @@ void MicroBatch::FinishLayer() {
     return;
   }
   w_.transformer.Logits(*a_, 0, n);
+  SendEvicted();
   state_ = State::kDone;
 }
 
 // Window first, then the hosts' partials by segment: the same order whoever answered first.
 void MicroBatch::MergeReplies() {
-  std::vector<ReceivedPartial>& got = box_.partials;
+  const std::vector<ReceivedPartial>& got = box_.partials;
   if (w_.kinds[static_cast<size_t>(layer_)] == Job::LayerKind::kResident || got.empty()) return;
   const gpu::AttentionShape shape = w_.transformer.attention_shape();
   const model::TensorSlice& slice = w_.transformer.slice();
   const auto group = static_cast<int64_t>(w_.job.group());
   const auto d = static_cast<int64_t>(shape.head_dim);
-  std::sort(got.begin(), got.end(), [](const auto& x, const auto& y) { return x.key < y.key; });
   const auto entries = static_cast<int64_t>(got.size());
-  const size_t floats = static_cast<size_t>(entries * group * (d + 2));
-  if (!reply_memory_ || reply_memory_->bytes() < floats * sizeof(float)) {
-    reply_memory_ = w_.device.AllocateStaging(floats * sizeof(float));
-  }
-  const auto scalars = static_cast<size_t>(entries * group);
+  const auto stride = static_cast<int64_t>(w_.link->PartialFloats());
+  float* values = box_.values.data();
   gpu::Partials from;
-  from.max = Matrix<float>(reply_memory_, gpu::DType::kF32, entries, group);
-  from.den = Matrix<float>(reply_memory_, gpu::DType::kF32, entries, group, scalars);
-  from.num = Matrix<float>(reply_memory_, gpu::DType::kF32, entries, group * d, 2 * scalars);
+  from.max = {values, gpu::DType::kF32, entries, group, stride};
+  from.den = {values + group, gpu::DType::kF32, entries, group, stride};
+  from.num = {values + 2 * group, gpu::DType::kF32, entries, group * d, stride};
   std::vector<int32_t> rows, heads;
-  for (int64_t i = 0; i < entries; ++i) {
-    const ReceivedPartial& p = got[static_cast<size_t>(i)];
-    const float* values = &box_.values[p.at];
-    std::copy_n(values, group, static_cast<float*>(from.max.Rows(i, 1).data));
-    std::copy_n(values + group, group, static_cast<float*>(from.den.Rows(i, 1).data));
-    std::copy_n(values + 2 * group, group * d, static_cast<float*>(from.num.Rows(i, 1).data));
+  for (const ReceivedPartial& p : got) {
     rows.push_back(static_cast<int32_t>(p.key.row));
     heads.push_back((static_cast<int32_t>(p.key.kv_head) - slice.first_kv_head) *
                     static_cast<int32_t>(group));

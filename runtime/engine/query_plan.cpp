@@ -36,6 +36,24 @@ void AddPartials(const QueryRow& row, uint32_t kv_head, uint32_t host, bool by_s
   }
 }
 
+void SetPlaces(std::vector<QueryFrame>& frames) {
+  struct Asked {
+    PartialKey key;
+    uint32_t* place;
+    bool operator<(const Asked& other) const { return key < other.key; }
+  };
+  std::vector<Asked> all;
+  for (QueryFrame& frame : frames) {
+    frame.places.resize(frame.partials.size());
+    for (size_t i = 0; i < frame.partials.size(); ++i) {
+      all.push_back({frame.partials[i], &frame.places[i]});
+    }
+  }
+  // Of equal ones, which hosts give that each have segments of it, the first host's first.
+  std::stable_sort(all.begin(), all.end());
+  for (size_t i = 0; i < all.size(); ++i) *all[i].place = static_cast<uint32_t>(i);
+}
+
 }  // namespace
 
 uint32_t HostedRequest::SegmentOf(uint64_t token) const {
@@ -70,7 +88,7 @@ std::vector<QueryFrame> PlanQueries(const cluster::WireShape& shape,
         if (keys.empty()) continue;
         Check(keys.size() <= most_partials, "a KV head with more segments than a reply can hold");
         if (heads == most_heads || frames.back().partials.size() + keys.size() > most_partials) {
-          frames.push_back({host, part++, {}, {}});
+          frames.push_back({host, part++, {}, {}, {}});
           heads = 0;
         }
         QueryFrame& frame = frames.back();
@@ -87,6 +105,7 @@ std::vector<QueryFrame> PlanQueries(const cluster::WireShape& shape,
       }
     }
   }
+  SetPlaces(frames);
   return frames;
 }
 

@@ -46,6 +46,7 @@ struct QueryFrame {
   uint32_t part;  // of this host's frames
   std::vector<cluster::QueryEntry> entries;
   std::vector<PartialKey> partials;  // rising
+  std::vector<uint32_t> places;      // of these among the partials of all frames, rising
 };
 
 // The frames that ask the hosts, all of them, for the rows' KV heads of `slice`: the same for every

@@ -220,6 +220,8 @@ class Model {
     }
     const std::vector<engine::QueryFrame> plan = link_.Plan(rows);
     engine::ReplyBox box;
+    std::vector<float> replies(link_.ReplyFloats(plan));
+    box.values = replies;
     for (size_t step = 0; step < a_.steps(); ++step) {
       // On a GPU, something that runs while what is timed is issued behind it.
       for (int i = 0; queued && i < 4; ++i) device_.HashCodes(q, {}, before);
