@@ -15,7 +15,7 @@ namespace {
 
 // User and assistant take turns.
 constexpr std::string_view kOutOfTurn = "{%if(message['role']=='user')!=(loop.index0%2==0)%}";
-constexpr std::string_view kSystemMessage = "{%setsystem_message=messages[0]['content']%}";
+constexpr std::string_view kSystemMessage = "{%set system_message=messages[0]['content']%}";
 
 bool TakeTurnCheck(TemplateReader& in, std::string_view condition) {
   return in.Take({condition}) && in.TakeRaise() && in.Take({kEnd});
@@ -25,16 +25,17 @@ bool TakeTurnCheck(TemplateReader& in, std::string_view condition) {
 // none.
 bool TakeCheckLoop(TemplateReader& in, bool* checked) {
   static constexpr std::string_view kWithoutTools =
-      "{%formessageinloop_messages|rejectattr('role','equalto','tool')|rejectattr('role','equalto',"
+      "{%for message in "
+      "loop_messages|rejectattr('role','equalto','tool')|rejectattr('role','equalto',"
       "'tool_results')|selectattr('tool_calls','undefined')%}";
   if (in.Take({kWithoutTools})) {
     *checked = true;
     return TakeTurnCheck(in, kOutOfTurn) && in.Take({kEndLoop});
   }
-  if (in.Take({"{%setns=namespace()%}", "{%setns.index=0%}", kRestLoop})) {
+  if (in.Take({"{%set ns=namespace()%}", "{%set ns.index=0%}", kRestLoop})) {
     *checked = true;
     return TakeTurnCheck(in, "{%if(message['role']=='user')!=(ns.index%2==0)%}") &&
-           in.Take({"{%setns.index=ns.index+1%}", kEndLoop});
+           in.Take({"{%set ns.index=ns.index+1%}", kEndLoop});
   }
   return true;
 }
@@ -47,15 +48,15 @@ bool ChatTemplate::RecogniseLlama2(std::span<const std::string> pieces) {
   TemplateReader in(pieces);
   if (!in.Take({kSystemFirst, kRest, kSystemMessage})) return false;
   // A default that is switched off.
-  if (in.Take({"{%eliffalse==trueandnot'<<SYS>>'inmessages[0]['content']%}", kAll}) &&
-      in.TakeLiteral("{%setsystem_message='", "'%}").empty()) {
+  if (in.Take({"{%elif false==true and not'<<SYS>>'in messages[0]['content']%}", kAll}) &&
+      in.TakeLiteral("{%set system_message='", "'%}").empty()) {
     return false;
   }
-  if (!in.Take({kElse, kAll, "{%setsystem_message=false%}", kEnd, kRestLoop}) ||
+  if (!in.Take({kElse, kAll, "{%set system_message=false%}", kEnd, kRestLoop}) ||
       !TakeTurnCheck(in, kOutOfTurn) ||
-      !in.Take({"{%ifloop.index0==0andsystem_message!=false%}",
-                R"({%setcontent='<<SYS>>\n'+system_message+'\n<</SYS>>\n\n'+message['content']%})",
-                kElse, "{%setcontent=message['content']%}", kEnd, kIfUser,
+      !in.Take({"{%if loop.index0==0 and system_message!=false%}",
+                R"({%set content='<<SYS>>\n'+system_message+'\n<</SYS>>\n\n'+message['content']%})",
+                kElse, "{%set content=message['content']%}", kEnd, kIfUser,
                 "{{bos_token+'[INST] '+content.strip()+' [/INST]'}}"})) {
     return false;
   }
@@ -85,16 +86,17 @@ bool ChatTemplate::RecogniseMistral(std::span<const std::string> pieces) {
   };
   TemplateReader in(pieces);
   const bool system = in.Take({kSystemFirst, kSystemMessage, kRest, kElse, kAll, kEnd});
-  in.Take({"{%ifnottoolsisdefined%}", "{%settools=none%}", kEnd});
-  in.Take({"{%setuser_messages=loop_messages|selectattr('role','equalto','user')|list%}"});
+  in.Take({"{%if not tools is defined%}", "{%set tools=none%}", kEnd});
+  in.Take({"{%set user_messages=loop_messages|selectattr('role','equalto','user')|list%}"});
   bool checked = false;
   if (!TakeCheckLoop(in, &checked) || !in.Take({"{{bos_token}}", system ? kRestLoop : kLoop})) {
     return false;
   }
   if (TakeTurnCheck(in, kOutOfTurn)) checked = true;
   if (!in.Take({kIfUser})) return false;
-  const bool in_first = system && in.Take({"{%ifloop.firstandsystem_messageisdefined%}"});
-  if (system && !in_first && !in.Take({"{%ifloop.lastandsystem_messageisdefined%}"})) return false;
+  const bool in_first = system && in.Take({"{%if loop.first and system_message is defined%}"});
+  if (system && !in_first && !in.Take({"{%if loop.last and system_message is defined%}"}))
+    return false;
   const auto user = std::find_if(kUsers.begin(), kUsers.end(), [&](const User& u) {
     const std::string alone = Output(fmt::format("'{}'+message['content']+'{}'", u.open, u.close));
     if (!system) return in.Take({alone});
@@ -136,55 +138,56 @@ bool ChatTemplate::RecogniseQwen3(std::span<const std::string> pieces) {
   }
   // The last question's index, of those counted from the back.
   const std::string seeking =
-      in.TakeLiteral("{%setns=namespace(", "=true,last_query_index=messages|length-1)%}");
+      in.TakeLiteral("{%set ns=namespace(", "=true,last_query_index=messages|length-1)%}");
   if (seeking.empty() || seeking == "last_query_index" ||
-      !in.Take({"{%formessageinmessages[::-1]%}"})) {
+      !in.Take({"{%for message in messages[::-1]%}"})) {
     return false;
   }
-  const bool named = in.Take({"{%setindex=(messages|length-1)-loop.index0%}"});
+  const bool named = in.Take({"{%set index=(messages|length-1)-loop.index0%}"});
   static constexpr std::string_view kNoToolsAnswer =
-      "not(message['content'].startswith('<tool_response>')and"
+      "not(message['content'].startswith('<tool_response>')and "
       "message['content'].endswith('</tool_response>'))%}";
-  const std::string if_question = fmt::format("{{%ifns.{}andmessage['role']=='user'and", seeking);
+  const std::string if_question =
+      fmt::format("{{%if ns.{} and message['role']=='user'and ", seeking);
   if (!in.TakeAny(
           {fmt::format("{}{}", if_question, kNoToolsAnswer),
-           fmt::format("{}message['content']isstringand{}", if_question, kNoToolsAnswer)}) ||
-      !in.Take({fmt::format("{{%setns.{}=false%}}", seeking)})) {
+           fmt::format("{}message['content']is string and {}", if_question, kNoToolsAnswer)}) ||
+      !in.Take({fmt::format("{{%set ns.{}=false%}}", seeking)})) {
     return false;
   }
-  if (named ? !in.Take({"{%setns.last_query_index=index%}"})
-            : !in.TakeAny({"{%setns.last_query_index=messages|length-1-loop.index0%}",
-                           "{%setns.last_query_index=(messages|length-1)-loop.index0%}"})) {
+  if (named ? !in.Take({"{%set ns.last_query_index=index%}"})
+            : !in.TakeAny({"{%set ns.last_query_index=messages|length-1-loop.index0%}",
+                           "{%set ns.last_query_index=(messages|length-1)-loop.index0%}"})) {
     return false;
   }
   if (!in.Take({kEnd, kEndLoop, kLoop})) return false;
-  static constexpr std::string_view kContent = "{%setcontent=message['content']%}";
+  static constexpr std::string_view kContent = "{%set content=message['content']%}";
   const bool content = in.Take({kContent});
   static constexpr std::string_view kTurn = R"({{'<|im_start|>'+message['role']+'\n'+content}})";
   if (!in.TakeAny(
-          {"{%ifmessage['role']=='user'or(message['role']=='system'andnotloop.first)%}",
-           "{%if(message['role']=='user')or(message['role']=='system'andnotloop.first)%}"}) ||
+          {"{%if message['role']=='user'or(message['role']=='system'and not loop.first)%}",
+           "{%if(message['role']=='user')or(message['role']=='system'and not loop.first)%}"}) ||
       !(in.Take({R"({{'<|im_start|>'+message['role']+'\n'+message['content']+'<|im_end|>\n'}})"}) ||
         (content &&
          in.Take({R"({{'<|im_start|>'+message['role']+'\n'+content+'<|im_end|>\n'}})"}))) ||
       !in.Take({kElifAssistant}) || (!content && !in.Take({kContent})) ||
-      !in.Take({"{%setreasoning_content=''%}"})) {
+      !in.Take({"{%set reasoning_content=''%}"})) {
     return false;
   }
   // `content` is what the message holds until it is set, last or by that alone.
   const auto take_split = [&](std::string_view of) {
     const std::string reasoning = fmt::format(
-        R"({{%setreasoning_content={}.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n')%}})",
+        R"({{%set reasoning_content={}.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n')%}})",
         of);
     const std::string rest =
-        fmt::format(R"({{%setcontent={}.split('</think>')[-1].lstrip('\n')%}})", of);
-    return in.Take({fmt::format("{{%if'</think>'in{}%}}", of)}) &&
+        fmt::format(R"({{%set content={}.split('</think>')[-1].lstrip('\n')%}})", of);
+    return in.Take({fmt::format("{{%if'</think>'in {}%}}", of)}) &&
            (in.Take({reasoning, rest}) || (of != "content" && in.Take({rest, reasoning}))) &&
            in.Take({kEnd});
   };
   if (!take_split("content") && !take_split("message['content']")) return false;
-  if (!in.Take({"{%ifloop.index0>ns.last_query_index%}",
-                "{%ifloop.lastor(notloop.lastandreasoning_content)%}",
+  if (!in.Take({"{%if loop.index0>ns.last_query_index%}",
+                "{%if loop.last or(not loop.last and reasoning_content)%}",
                 R"({{'<|im_start|>'+message['role']+'\n<think>\n'+reasoning_content.strip('\n')+)"
                 R"('\n</think>\n\n'+content.lstrip('\n')}})",
                 kElse, kTurn, kEnd, kElse, kTurn, kEnd, R"({{'<|im_end|>\n'}})", kEnd, kEndLoop,
@@ -202,7 +205,7 @@ bool ChatTemplate::RecogniseQwen3(std::span<const std::string> pieces) {
     return in.Take({Output(fmt::format(R"('<|im_start|>assistant\n{}')", o.jinja))});
   });
   if (opening == kOpenings.end()) return false;
-  in.Take({"{%ifenable_thinkingisdefinedandenable_thinkingisfalse%}",
+  in.Take({"{%if enable_thinking is defined and enable_thinking is false%}",
            R"({{'<think>\n\n</think>\n\n'}})", kEnd});
   if (!in.Take({kEnd}) || !in.done()) return false;
   WriteChatMl();

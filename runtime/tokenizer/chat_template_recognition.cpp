@@ -16,24 +16,15 @@ namespace {
 
 constexpr size_t kLongest = size_t{64} << 10;
 
-bool Contains(std::string_view text, std::string_view part) {
-  return text.find(part) != std::string_view::npos;
-}
-
 }  // namespace
 
 void ChatTemplate::Recognise(std::string_view jinja) {
-  // Published ones have some 10,000 bytes; the search below is not linear.
+  // Published ones have some 10,000 bytes; what is done below is not linear.
   if (jinja.size() > kLongest) return;
   const std::vector<std::string> pieces = TemplatePieces(jinja);
-  if (RecogniseQwen3(pieces)) {
-    format_ = Format::kTurns;
-    return;
-  }
-  // Other reasoning models rewrite earlier turns.
-  if (Contains(jinja, "<think>") || Contains(jinja, "enable_thinking")) return;
-  if (Contains(jinja, "eos_token") && eos_.empty()) return;
-  if (RecogniseZephyr(pieces) || RecogniseChatMl(pieces) || RecogniseLlama3(pieces)) {
+  if (jinja.find("eos_token") != std::string_view::npos && eos_.empty()) return;
+  if (RecogniseQwen3(pieces) || RecogniseZephyr(pieces) || RecogniseChatMl(pieces) ||
+      RecogniseLlama3(pieces)) {
     format_ = Format::kTurns;
   } else if (!bos_.empty() && RecogniseLlama2(pieces)) {
     format_ = Format::kLlama2;
@@ -51,17 +42,18 @@ bool ChatTemplate::RecogniseChatMl(std::span<const std::string> pieces) {
   static constexpr std::string_view kOpenTurn =
       R"({{'<|im_start|>'+message['role']+'\n'+message['content']}})";
   static constexpr std::string_view kUnlessLast =
-      "{%if(loop.lastandadd_generation_prompt)ornotloop.last%}";
+      "{%if(loop.last and add_generation_prompt)or not loop.last%}";
   static constexpr std::string_view kClose = R"({{'<|im_end|>\n'}})";
   static constexpr std::string_view kOpen = R"({{'<|im_start|>assistant\n'}})";
   static constexpr std::string_view kButFirstSystem =
-      "{%if(message['role']=='user')or(message['role']=='system'andnotloop.first)or"
-      "(message['role']=='assistant'andnotmessage.tool_calls)%}";
+      "{%if(message['role']=='user')or(message['role']=='system'and not loop.first)or"
+      "(message['role']=='assistant'and not message.tool_calls)%}";
   static constexpr std::string_view kSystem = R"({{'<|im_start|>system\n)";
   static constexpr std::string_view kEndSystem = R"(<|im_end|>\n'}})";
   TemplateReader in(pieces);
   std::string system;
-  in.Take({"{%ifnotadd_generation_promptisdefined%}", "{%setadd_generation_prompt=false%}", kEnd});
+  in.Take(
+      {"{%if not add_generation_prompt is defined%}", "{%set add_generation_prompt=false%}", kEnd});
   in.Take({"{{bos_token}}"});
   const bool before = in.Take(
       {kSystemFirst, R"({{'<|im_start|>system\n'+messages[0]['content']+'<|im_end|>\n'}})"});
@@ -70,7 +62,7 @@ bool ChatTemplate::RecogniseChatMl(std::span<const std::string> pieces) {
     if (system.empty()) return false;
   }
   if ((before && !in.Take({kEnd})) || !in.Take({kLoop})) return false;
-  if (!before && in.Take({"{%ifloop.firstandmessages[0]['role']!='system'%}"})) {
+  if (!before && in.Take({"{%if loop.first and messages[0]['role']!='system'%}"})) {
     system = in.TakeLiteral(kSystem, kEndSystem);
     if (system.empty() || !in.Take({kEnd})) return false;
   }
@@ -78,7 +70,8 @@ bool ChatTemplate::RecogniseChatMl(std::span<const std::string> pieces) {
   if (!in.Take({kTurn}) && !in.Take({kOpenTurn, kUnlessLast, kClose, kEnd})) return false;
   if ((before && !in.Take({kEnd})) || !in.Take({kEndLoop})) return false;
   const bool any_last = in.Take({kGenerate});
-  if (!any_last && !in.Take({"{%ifadd_generation_promptandmessages[-1]['role']!='assistant'%}"})) {
+  if (!any_last &&
+      !in.Take({"{%if add_generation_prompt and messages[-1]['role']!='assistant'%}"})) {
     return false;
   }
   if (!in.Take({kOpen, kEnd}) || !in.done()) return false;
@@ -101,32 +94,34 @@ void ChatTemplate::WriteChatMl() {
 bool ChatTemplate::RecogniseLlama3(std::span<const std::string> pieces) {
   static constexpr std::string_view kTurn =
       R"('<|start_header_id|>'+message['role']+'<|end_header_id|>\n\n'+message['content']|trim+'<|eot_id|>')";
-  static constexpr std::string_view kDate = "{%setdate_string='26 Jul 2024'%}";
+  static constexpr std::string_view kDate = "{%set date_string='26 Jul 2024'%}";
   TemplateReader in(pieces);
+  std::string dates;
   in.Take({"{{bos_token}}"});
-  in.Take({"{%ifnottools_in_user_messageisdefined%}", "{%settools_in_user_message=true%}", kEnd});
-  if (in.Take({"{%ifnotdate_stringisdefined%}"})) {
+  in.Take(
+      {"{%if not tools_in_user_message is defined%}", "{%set tools_in_user_message=true%}", kEnd});
+  if (in.Take({"{%if not date_string is defined%}"})) {
     // The date is the one the template falls back to, so that a prompt is the same every day.
     const bool today = in.Take(
-        {"{%ifstrftime_nowisdefined%}", "{%setdate_string=strftime_now('%d %b %Y')%}", kElse});
+        {"{%if strftime_now is defined%}", "{%set date_string=strftime_now('%d %b %Y')%}", kElse});
     if (!in.Take({kDate, kEnd}) || (today && !in.Take({kEnd}))) return false;
-    in.Take({"{%ifnottoolsisdefined%}", "{%settools=none%}", kEnd});
-    if (!in.Take({kSystemFirst, "{%setsystem_message=messages[0]['content']|trim%}",
-                  "{%setmessages=messages[1:]%}", kElse, "{%setsystem_message=''%}", kEnd,
+    in.Take({"{%if not tools is defined%}", "{%set tools=none%}", kEnd});
+    if (!in.Take({kSystemFirst, "{%set system_message=messages[0]['content']|trim%}",
+                  "{%set messages=messages[1:]%}", kElse, "{%set system_message=''%}", kEnd,
                   R"({{'<|start_header_id|>system<|end_header_id|>\n\n'}})",
                   R"({{'Cutting Knowledge Date: December 2023\n'}})",
                   R"({{'Today Date: '+date_string+'\n\n'}})", "{{system_message}}",
                   "{{'<|eot_id|>'}}"})) {
       return false;
     }
-    dates_ = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n";
+    dates = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n";
   }
   const bool named = in.Take({kAll});
   if (!in.Take({named ? kRestLoop : kLoop})) return false;
   // Llama 3 puts the turn into a variable, and bos before the first.
-  if (in.Take({fmt::format("{{%setcontent={}%}}", kTurn)})) {
-    if (in.Take({"{%ifloop.index0==0%}"})) {
-      if (!in.Take({"{%setcontent=bos_token+content%}", kEnd})) return false;
+  if (in.Take({fmt::format("{{%set content={}%}}", kTurn)})) {
+    if (in.Take({"{%if loop.index0==0%}"})) {
+      if (!in.Take({"{%set content=bos_token+content%}", kEnd})) return false;
     }
     if (!in.Take({"{{content}}"})) return false;
   } else if (!in.Take({fmt::format("{{{{{}}}}}", kTurn)})) {
@@ -137,6 +132,7 @@ bool ChatTemplate::RecogniseLlama3(std::span<const std::string> pieces) {
   if (!in.Take({kEndLoop})) return false;
   if (!in.Take({kOpen}) && !in.Take({kGenerate, kOpen, kEnd})) return false;
   if (!in.done()) return false;
+  dates_ = dates;
   const auto turn = [](std::string_view role) {
     return Turn{fmt::format("<|start_header_id|>{}<|end_header_id|>\n\n", role), "<|eot_id|>",
                 true};
@@ -154,14 +150,14 @@ bool ChatTemplate::RecogniseZephyr(std::span<const std::string> pieces) {
   if (!in.Take({kLoop})) return false;
   bool first = true;
   for (const char* role : {"user", "system", "assistant"}) {
-    if (!in.Take({fmt::format("{{%{}message['role']=='{}'%}}", first ? "if" : "elif", role),
+    if (!in.Take({fmt::format("{{%{} message['role']=='{}'%}}", first ? "if" : "elif", role),
                   fmt::format(R"({{{{'<|{}|>\n'+message['content']+eos_token}}}})", role),
                   "text\n"})) {
       return false;
     }
     first = false;
   }
-  if (!in.Take({kEnd, "{%ifloop.lastandadd_generation_prompt%}", "{{'<|assistant|>'}}", "text\n",
+  if (!in.Take({kEnd, "{%if loop.last and add_generation_prompt%}", "{{'<|assistant|>'}}", "text\n",
                 kEnd, kEndLoop}) ||
       !in.done()) {
     return false;

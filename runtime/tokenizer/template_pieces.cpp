@@ -8,16 +8,33 @@ namespace {
 
 constexpr std::string_view kSpace = " \t\r\n";
 
+bool InWord(char c) {
+  return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '_' ||
+         static_cast<signed char>(c) < 0;
+}
+
+// Whether space between the two is all that makes them two words or operators.
+bool SpaceParts(char before, char behind) {
+  return (InWord(before) && InWord(behind)) || (behind == '=' && (before == '=' || before == '!'));
+}
+
 std::string Canonical(std::string_view jinja) {
   std::string out;
   char quote = 0;
+  bool space = false;
   for (size_t i = 0; i < jinja.size(); ++i) {
     const char c = jinja[i];
     if (quote == 0) {
+      if (kSpace.find(c) != std::string_view::npos) {
+        space = !out.empty();
+        continue;
+      }
+      if (space && SpaceParts(out.back(), c)) out.push_back(' ');
+      space = false;
       if (c == '\'' || c == '"') {
         quote = c;
         out.push_back('\'');
-      } else if (kSpace.find(c) == std::string_view::npos) {
+      } else {
         out.push_back(c);
       }
     } else if (c == quote) {
@@ -38,95 +55,13 @@ std::string Canonical(std::string_view jinja) {
     }
   };
   for (const std::string message : {"message", "messages[0]"}) {
-    replace(message + ".role", message + "['role']");
-    replace(message + ".content", message + "['content']");
+    for (const std::string item : {"role", "content"}) {
+      replace(message + "." + item + " ", message + "['" + item + "']");
+      replace(message + "." + item, message + "['" + item + "']");
+    }
   }
   replace("'+'", "");
   return out;
-}
-
-constexpr auto kWords = std::to_array<std::string_view>({"if",
-                                                         "elif",
-                                                         "else",
-                                                         "endif",
-                                                         "for",
-                                                         "endfor",
-                                                         "in",
-                                                         "set",
-                                                         "not",
-                                                         "and",
-                                                         "or",
-                                                         "is",
-                                                         "defined",
-                                                         "none",
-                                                         "true",
-                                                         "false",
-                                                         "string",
-                                                         "messages",
-                                                         "message",
-                                                         "loop_messages",
-                                                         "system_message",
-                                                         "user_messages",
-                                                         "content",
-                                                         "role",
-                                                         "loop",
-                                                         "first",
-                                                         "last",
-                                                         "index",
-                                                         "index0",
-                                                         "length",
-                                                         "trim",
-                                                         "list",
-                                                         "strip",
-                                                         "lstrip",
-                                                         "rstrip",
-                                                         "split",
-                                                         "startswith",
-                                                         "endswith",
-                                                         "namespace",
-                                                         "ns",
-                                                         "seek",
-                                                         "multi_step_tool",
-                                                         "last_query_index",
-                                                         "reasoning_content",
-                                                         "enable_thinking",
-                                                         "add_generation_prompt",
-                                                         "bos_token",
-                                                         "eos_token",
-                                                         "raise_exception",
-                                                         "tools",
-                                                         "custom_tools",
-                                                         "builtin_tools",
-                                                         "tools_in_user_message",
-                                                         "tool_calls",
-                                                         "date_string",
-                                                         "strftime_now",
-                                                         "rejectattr",
-                                                         "selectattr",
-                                                         "0",
-                                                         "1",
-                                                         "2"});
-
-// Whether all words of a tag are ones that known templates have: without spaces, others might read
-// as two of them.
-bool WordsAreKnown(std::string_view jinja) {
-  const auto in_word = [](char c) {
-    return c == '_' || (c >= '0' && c <= '9') || (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z');
-  };
-  for (size_t i = 0; i < jinja.size();) {
-    if (jinja[i] == '\'' || jinja[i] == '"') {
-      const char quote = jinja[i++];
-      for (; i < jinja.size() && jinja[i] != quote; ++i) i += jinja[i] == '\\';
-      ++i;
-    } else if (in_word(jinja[i])) {
-      const size_t begin = i;
-      while (i < jinja.size() && in_word(jinja[i])) ++i;
-      if (std::ranges::find(kWords, jinja.substr(begin, i - begin)) == kWords.end()) return false;
-    } else {
-      ++i;
-    }
-  }
-  return true;
 }
 
 // Where the tag that begins at `at` ends, behind its "}}" or "%}"; npos where it does not.
@@ -197,8 +132,7 @@ std::vector<std::string> AllPieces(std::string_view jinja) {
     behind_block = open != "{{";
     at_begin = false;
     if (open != "{#") {
-      const char* unknown = WordsAreKnown(inside) ? "" : "?";  // so that it is nobody's piece
-      pieces.push_back(std::string(open) + Canonical(inside) + unknown + std::string(close));
+      pieces.push_back(std::string(open) + Canonical(inside) + std::string(close));
     }
     jinja.remove_prefix(end);
   }
@@ -208,41 +142,43 @@ std::vector<std::string> AllPieces(std::string_view jinja) {
 // given.
 constexpr std::array kNever = {
     std::string_view("tools"),
-    std::string_view("toolsisnotnone"),
-    std::string_view("custom_toolsisdefined"),
-    std::string_view("builtin_toolsisdefined"),
-    std::string_view("builtin_toolsisdefinedortoolsisnotnone"),
-    std::string_view("toolsisnotnoneandnottools_in_user_message"),
-    std::string_view("tools_in_user_messageandnottoolsisnone"),
-    std::string_view("toolsisnotnoneand(message==user_messages[-1])"),
-    std::string_view("message.tool_callsisdefinedandmessage.tool_callsisnotnone"),
-    std::string_view("message['tool_calls']isdefinedandmessage['tool_calls']isnotnone"),
-    std::string_view("message['role']=='tool_results'ormessage['role']=='tool'"),
+    std::string_view("tools is not none"),
+    std::string_view("custom_tools is defined"),
+    std::string_view("builtin_tools is defined"),
+    std::string_view("builtin_tools is defined or tools is not none"),
+    std::string_view("tools is not none and not tools_in_user_message"),
+    std::string_view("tools_in_user_message and not tools is none"),
+    std::string_view("tools is not none and(message==user_messages[-1])"),
+    std::string_view("message.tool_calls is defined and message.tool_calls is not none"),
+    std::string_view("message['tool_calls']is defined and message['tool_calls']is not none"),
+    std::string_view("message['role']=='tool_results'or message['role']=='tool'"),
     std::string_view("message.tool_calls"),
-    std::string_view("'tool_calls'inmessage"),
+    std::string_view("'tool_calls'in message"),
     std::string_view("message['role']=='tool'"),
-    std::string_view("message['role']=='tool'ormessage['role']=='ipython'"),
-    std::string_view("message.reasoning_contentisstring"),
-    std::string_view("message.reasoning_contentisdefinedandmessage.reasoning_contentisnotnone"),
+    std::string_view("message['role']=='tool'or message['role']=='ipython'"),
+    std::string_view("message.reasoning_content is string"),
+    std::string_view(
+        "message.reasoning_content is defined and message.reasoning_content is not none"),
 };
 // What conditions on the loop's message have.
 constexpr auto kOfMessage =
-    std::to_array<std::string_view>({"message.", "message[", "inmessage", "(message=="});
+    std::to_array<std::string_view>({"message.", "message[", "in message", "(message=="});
 // Such as hold for all of them.
 constexpr std::array kAlways = {
     std::string_view(
-        "not(message['role']=='ipython'ormessage['role']=='tool'or'tool_calls'inmessage)"),
-    std::string_view("not(message['role']=='tool'ormessage['role']=='tool_results'or"
-                     "(message.tool_callsisdefinedandmessage.tool_callsisnotnone))"),
-    std::string_view("message['content']isstring"),
+        "not(message['role']=='ipython'or message['role']=='tool'or'tool_calls'in message)"),
+    std::string_view("not(message['role']=='tool'or message['role']=='tool_results'or"
+                     "(message.tool_calls is defined and message.tool_calls is not none))"),
+    std::string_view("message['content']is string"),
 };
 // Such as hold for all but a first system message.
 constexpr std::array kAllButFirstSystem = {
-    std::string_view("(message['role']=='user')or(message['role']=='system'andnotloop.first)or"
-                     "(message['role']=='assistant'andnotmessage.tool_calls)"),
+    std::string_view("(message['role']=='user')or(message['role']=='system'and not loop.first)or"
+                     "(message['role']=='assistant'and not message.tool_calls)"),
 };
 
 bool IsOneOf(const auto& list, std::string_view condition) {
+  if (condition.starts_with(' ')) condition.remove_prefix(1);
   // Parentheses around the whole, which therefore has no others.
   if (condition.starts_with('(') && condition.find_first_of("()", 1) == condition.size() - 1) {
     condition = condition.substr(1, condition.size() - 2);
@@ -253,6 +189,7 @@ bool IsOneOf(const auto& list, std::string_view condition) {
 // What the walk is in: an if's branch, or a loop.
 struct If {
   bool loop = false;
+  bool last = false;        // its else is reached
   bool written = false;     // the if itself, by a branch kept before or now
   bool decided = false;     // a branch that holds always is over or open
   bool but_system = false;  // one for all but a first system message is
@@ -266,12 +203,15 @@ std::vector<std::string> WithoutTools(const std::vector<std::string>& all) {
     return std::any_of(open.begin(), open.end(), [](const If& i) { return i.skipping; });
   };
   for (const std::string& piece : all) {
-    const bool first = piece.starts_with("{%if"), other = piece.starts_with("{%elif"),
-               last = piece == "{%else%}", end = piece == "{%endif%}";
+    const auto is = [&](std::string_view word) {
+      return piece.starts_with(word) && !InWord(piece[word.size()]);
+    };
+    const bool first = is("{%if"), other = is("{%elif"), last = piece == "{%else%}",
+               end = piece == "{%endif%}";
     if (!first && open.empty() && (other || last || end)) return {};
-    const bool loop = piece.starts_with("{%for"), loop_end = piece == "{%endfor%}";
+    const bool loop = is("{%for"), loop_end = piece == "{%endfor%}";
     // Others (raw, macro, …) change what is around them, dropped or not.
-    const bool set = piece.starts_with("{%set") && piece.find('=') != std::string::npos;
+    const bool set = is("{%set") && piece.find('=') != std::string::npos;
     if (piece.starts_with("{%") && !(first || other || last || end || loop || loop_end || set)) {
       return {};
     }
@@ -285,6 +225,8 @@ std::vector<std::string> WithoutTools(const std::vector<std::string>& all) {
     if (first) open.emplace_back();
     If& now = open.back();
     if (now.loop) return {};  // an else of a loop is no known template's
+    if (now.last && !end) return {};
+    now.last = last;
     now.skipping = false;
     const bool dead = skipping();  // by one around it
     if (end) {
@@ -301,7 +243,7 @@ std::vector<std::string> WithoutTools(const std::vector<std::string>& all) {
     const bool decidable =
         !of_message || std::ranges::any_of(open, [](const If& i) { return i.loop; });
     if (now.decided || (!last && decidable && IsOneOf(kNever, condition)) ||
-        (now.but_system && condition == "message['role']=='assistant'")) {
+        (now.but_system && condition == " message['role']=='assistant'")) {
       now.skipping = true;
       continue;
     }

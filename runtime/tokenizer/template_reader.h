@@ -10,16 +10,16 @@ namespace passel {
 
 // Pieces that templates of several models have, as TemplatePieces writes them.
 namespace template_pieces {
-inline constexpr std::string_view kLoop = "{%formessageinmessages%}";
-inline constexpr std::string_view kRestLoop = "{%formessageinloop_messages%}";
+inline constexpr std::string_view kLoop = "{%for message in messages%}";
+inline constexpr std::string_view kRestLoop = "{%for message in loop_messages%}";
 inline constexpr std::string_view kEndLoop = "{%endfor%}", kElse = "{%else%}", kEnd = "{%endif%}";
-inline constexpr std::string_view kGenerate = "{%ifadd_generation_prompt%}";
-inline constexpr std::string_view kSystemFirst = "{%ifmessages[0]['role']=='system'%}";
-inline constexpr std::string_view kIfUser = "{%ifmessage['role']=='user'%}";
-inline constexpr std::string_view kElifSystem = "{%elifmessage['role']=='system'%}";
-inline constexpr std::string_view kElifAssistant = "{%elifmessage['role']=='assistant'%}";
-inline constexpr std::string_view kRest = "{%setloop_messages=messages[1:]%}";
-inline constexpr std::string_view kAll = "{%setloop_messages=messages%}";
+inline constexpr std::string_view kGenerate = "{%if add_generation_prompt%}";
+inline constexpr std::string_view kSystemFirst = "{%if messages[0]['role']=='system'%}";
+inline constexpr std::string_view kIfUser = "{%if message['role']=='user'%}";
+inline constexpr std::string_view kElifSystem = "{%elif message['role']=='system'%}";
+inline constexpr std::string_view kElifAssistant = "{%elif message['role']=='assistant'%}";
+inline constexpr std::string_view kRest = "{%set loop_messages=messages[1:]%}";
+inline constexpr std::string_view kAll = "{%set loop_messages=messages%}";
 }  // namespace template_pieces
 
 // The pieces of a template, taken from the front where they are as expected.

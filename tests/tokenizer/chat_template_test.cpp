@@ -173,7 +173,7 @@ TEST(ChatTemplate, ChangedTemplatesAreNotTakenForWhatTheyWere) {
           continue;
         }
         any = true;
-        const json& expected = mutant[3][i];
+        const json& expected = mutant[3].is_null() ? mutant[3] : mutant[3][i];
         EXPECT_EQ(expected, Crc32(text)) << c.name << ", messages " << i << ": " << jinja;
       }
       served += any;
@@ -276,8 +276,6 @@ TEST(ChatTemplate, RefusesWhatReadsAlikeWithoutSpaces) {
 TEST(ChatTemplate, RefusesWhatItDoesNotKnow) {
   ExpectUsageError(WithTemplate(""), {{"user", "x"}}, "no chat template");
   ExpectUsageError(WithTemplate("[INST] {{ x }} [/INST]"), {{"user", "x"}}, "not served");
-  ExpectUsageError(WithTemplate(std::string(kSmolLm2) + "{# <think> #}"), {{"user", "x"}},
-                   "not served");
   ExpectUsageError(WithTemplate(kSmolLm2 + std::string(100'000, ' ')), {{"user", "x"}},
                    "not served");
   ExpectUsageError(WithTemplate(kSmolLm2), {}, "is empty");
