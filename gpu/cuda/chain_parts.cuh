@@ -22,8 +22,9 @@ constexpr int kTileFeatures = 2 * kHalf;
 constexpr int kHalfBytes = kHalf * kStep * 2;  // of weights in a step
 constexpr int kWeightBytes = 2 * kHalfBytes;   // a place in the ring of weights
 constexpr int kSharedBytes = 227 * 1024;
-constexpr int kReserved = 2048;   // alignment, barriers, factors
-constexpr int kSlots = 2;         // of a block: for its first tile and its last, which it shares
+constexpr int kReserved = 2048;  // alignment, barriers, factors
+constexpr int kSlots =
+    2;  // of a block and product: for its first tile and its last, which it shares
 constexpr int kMostParts = 1024;  // sums of squares of a row: 4 a tile, and tiles are few
 constexpr int kCounters = 64;
 
@@ -47,7 +48,7 @@ struct Phase {
 struct ChainArgs {
   Phase phases[kMaxChain];
   int32_t count, n;
-  float* sums;         // [blocks, kSlots, tile]
+  float* sums;         // [2, blocks, kSlots, tile]: for one product and the next
   float* squares;      // [2, kMaxChainRows, kMostParts]
   uint32_t* counters;  // first those of the phases
   uint32_t* stale;     // what the next chain counts with
@@ -84,8 +85,9 @@ __device__ inline void WaitForCount(const uint32_t* counter, uint32_t count) {
 }
 
 // Sums on their way from block to block say themselves whether they are there: memory holds a NaN
-// that no sum is, until they come, and again when they have been read. That is faster than to
-// write, to wait for that, and to count. Sums of other ranks come the same way.
+// that no sum is, until they come, and again some time after they have been read, but before the
+// end of the next product. That is faster than to write, to wait for that, and to count. Sums of
+// other ranks come the same way, and are missing again at once.
 constexpr uint32_t kMissing = 0xffffffff;
 __device__ inline float4 Missing() {
   const float m = __uint_as_float(kMissing);
@@ -152,14 +154,16 @@ struct Ring {
 // What a block finishes of a tile: items first, first + sharers, …
 struct Share {
   int32_t tile = 0;
+  int turn = 0;         // of the product: 0, 1, 0, 1, …
   int first_block = 0;  // of those that hold sums of it
   int sharers = 0;
   int first_slot = 0;  // where the first block has them; the others: 0
   int first = 0, items = 0;
 };
 
-__device__ inline Share ShareOf(const Phase& p, int32_t tile, int block, int columns) {
+__device__ inline Share ShareOf(const Phase& p, int turn, int32_t tile, int block, int columns) {
   Share s;
+  s.turn = turn;
   s.tile = tile;
   s.first_block = BlockOf(p, tile * p.steps);
   s.sharers = BlockOf(p, (tile + 1) * p.steps - 1) - s.first_block + 1;
@@ -169,8 +173,32 @@ __device__ inline Share ShareOf(const Phase& p, int32_t tile, int block, int col
   return s;
 }
 
-// What becomes of a warp's sums of 16 features × 8 rows of x. Of SiLU, these are the gates of 8
-// features and their ups, so a thread has both.
+// A warp's sums of the gates of 8 features and of their ups, × 8 rows of x: a thread has both. They
+// are turned around within the warp, so that a thread stores neighbours. In few operations, as a
+// block has many such pieces at its end, when memory stands idle.
+__device__ inline void StoreSilu(const ChainArgs& args, const Phase& p, const float* factors,
+                                 int32_t group, int column, const float4& sums) {
+  if (group * 8 >= p.features) return;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  float2 factor{1, 1};
+  if (p.eps >= 0) factor = *reinterpret_cast<const float2*>(factors + column * 8 + lane % 4 * 2);
+  const auto silu = [](float gate, float up) {
+    return up * __fdividef(gate, 1.0f + __expf(-gate));
+  };
+  const __nv_bfloat162 of_rows = __floats2bfloat162_rn(silu(sums.x * factor.x, sums.z * factor.x),
+                                                       silu(sums.y * factor.y, sums.w * factor.y));
+  uint32_t of_features;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;"
+               : "=r"(of_features)
+               : "r"(*reinterpret_cast<const uint32_t*>(&of_rows)));
+  const int row = column * 8 + lane / 4;
+  if (row >= args.n) return;
+  auto* to =
+      static_cast<__nv_bfloat16*>(p.out.data) + row * p.out.stride + group * 8 + lane % 4 * 2;
+  *reinterpret_cast<uint32_t*>(to) = of_features;
+}
+
+// What becomes of a warp's sums of 16 features × 8 rows of x in other products.
 struct Piece {
   int feature = 0, row = 0;  // of the thread's first sum
   float before[4] = {}, weight[2] = {};
@@ -179,7 +207,7 @@ struct Piece {
   __device__ void Load(const ChainArgs& args, const Phase& p, int32_t group, int column) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     row = column * 8 + lane % 4 * 2;
-    feature = group * (p.silu ? 8 : 16) + lane / 4;
+    feature = group * 16 + lane / 4;
     if (!p.add) return;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -202,12 +230,6 @@ struct Piece {
     for (int i = 0; i < 4; ++i) {
       const int f = feature + i / 2 * 8;
       if (f >= p.features || row + i % 2 >= args.n) continue;
-      if (p.silu) {
-        if (i >= 2) break;
-        static_cast<__nv_bfloat16*>(p.out.data)[(row + i) * p.out.stride + f] =
-            __float2bfloat16_rn(v[2 + i] * (v[i] / (1.0f + expf(-v[i]))));
-        continue;
-      }
       const float value = before[i] + v[i];
       F32Row(p.out, row + i % 2)[f] = value;
       if (p.norm == nullptr) continue;
@@ -236,9 +258,9 @@ __device__ inline void StoreSquares(float* squares, int part, int row, float (&s
 template <int kRows>
 constexpr int kToHigh = 4 * (kRows / 8) * 128;
 
-// The sum of what lies at place(0) … place(count − 1) once it is there, which is then missing
-// again: two pieces, one of either half of the features. Other GPUs' may never come: where
-// `abandoned` comes to be set, anything.
+// The sum of what lies at place(0) … place(count − 1) once it is there: two pieces, one of either
+// half of the features. Other GPUs' are then missing again, and may never come: where `abandoned`
+// comes to be set, anything.
 template <int kRows, Scope kScope, typename Place>
 __device__ inline void TakeSums(int count, const uint32_t* abandoned, Place place,
                                 float4 (&sum)[2]) {
@@ -279,12 +301,20 @@ __device__ inline void TakeSums(int count, const uint32_t* abandoned, Place plac
       if (first + e >= count) break;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        StoreSums<kScope>(at[e] + half * kToHigh<kRows>, Missing());
+        if constexpr (kScope == Scope::kSystem) {
+          StoreSums<kScope>(at[e] + half * kToHigh<kRows>, Missing());
+        }
         sum[half].x += got[e][half].x, sum[half].y += got[e][half].y;
         sum[half].z += got[e][half].z, sum[half].w += got[e][half].w;
       }
     }
   }
+}
+
+// Where a block's sums of a tile begin.
+template <int kRows>
+__device__ inline int64_t SumsBefore(int turn, int block, int slot) {
+  return ((int64_t{turn} * gridDim.x + block) * kSlots + slot) * Shape<kRows>::kSumFloats;
 }
 
 // Where a lane's sums of an item are, from the beginning of a tile's.
@@ -294,18 +324,33 @@ __device__ inline int PlaceInTile(int item, int columns) {
          static_cast<int>(threadIdx.x) % 32 * 4;
 }
 
+// Where the sums of one item of a tile are that its i-th sharer has.
+template <int kRows>
+__device__ inline float* PlaceOfShare(const ChainArgs& args, const Share& share, int i, int item,
+                                      int columns) {
+  const int slot = i == 0 ? share.first_slot : 0;
+  return args.sums + SumsBefore<kRows>(share.turn, share.first_block + i, slot) +
+         PlaceInTile<kRows>(item, columns);
+}
+
 // The sums of one item of a tile, of this rank alone.
 template <int kRows>
 __device__ inline void TakeOwnSums(const ChainArgs& args, const Share& share, int item, int columns,
                                    float4 (&sum)[2]) {
-  float* from = args.sums + PlaceInTile<kRows>(item, columns);
   TakeSums<kRows, Scope::kGpu>(
       share.sharers, nullptr,
-      [&](int i) {
-        const int slot = i == 0 ? share.first_slot : 0;
-        return from + (int64_t{share.first_block + i} * kSlots + slot) * Shape<kRows>::kSumFloats;
-      },
-      sum);
+      [&](int i) { return PlaceOfShare<kRows>(args, share, i, item, columns); }, sum);
+}
+
+// They are missing again.
+template <int kRows>
+__device__ inline void DropOwnSums(const ChainArgs& args, const Share& share, int item,
+                                   int columns) {
+  for (int i = 0; i < share.sharers; ++i) {
+    float* at = PlaceOfShare<kRows>(args, share, i, item, columns);
+    StoreSums<Scope::kGpu>(at, Missing());
+    StoreSums<Scope::kGpu>(at + kToHigh<kRows>, Missing());
+  }
 }
 
 // Where rank `from` puts its sums of an item in an inbox.
@@ -340,10 +385,9 @@ __device__ inline void Finish(const ChainArgs& args, const Phase& p, float* squa
                               const float* factors, const Share& share, int item, int columns) {
   const int quarter = item / columns, column = item % columns;
   Piece pieces[2];
+  const auto group_of = [&](int half) { return share.tile * 8 + half * 4 + quarter; };
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    pieces[half].Load(args, p, share.tile * 8 + half * 4 + quarter, column);
-  }
+  for (int half = 0; half < 2; ++half) pieces[half].Load(args, p, group_of(half), column);
   float4 sum[2] = {};
   if (p.sum_turn < 0) {
     TakeOwnSums<kRows>(args, share, item, columns, sum);
@@ -355,6 +399,13 @@ __device__ inline void Finish(const ChainArgs& args, const Phase& p, float* squa
                  PlaceInInbox<kRows>(args, p, rank, share.tile, item, columns);
         },
         sum);
+  }
+  if (p.silu) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      StoreSilu(args, p, factors, group_of(half), column, sum[half]);
+    }
+    return;
   }
   float square[2] = {};
 #pragma unroll

@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(kThreads, 1) ChainKernel(const __grid_constant
       if (units.i != phase) {
         phase = units.i;
         WaitForCount(args.counters + phase - 1, gridDim.x);
-        FenceCopyEngine();
+        FenceCopyEngine();  // what threads of all blocks have written is read by this copy engine
         atomicExch(open, phase);
       }
       WaitForParity(rows_free + ring.place, ring.turn ^ 1);
@@ -196,11 +196,19 @@ __global__ void __launch_bounds__(kThreads, 1) ChainKernel(const __grid_constant
   for (int i = 0; i < args.count; ++i) {
     const Phase& p = args.phases[i];
     float* squares = args.squares + i % 2 * kMaxChainRows * kMostParts;
+    Share first_share, last_share;
+    const auto for_items = [&](auto work) {
+      for (int item = warp; item < first_share.items + last_share.items; item += kWarps) {
+        const bool last = item >= first_share.items;
+        const Share share = last ? last_share : first_share;
+        const int own = last ? item - first_share.items : item;
+        work(share, share.first + own * share.sharers);
+      }
+    };
     if (block < p.blocks) {
       const int32_t begin = FirstUnit(p, block), end = FirstUnit(p, block + 1);
       const int32_t first_tile = begin / p.steps;
       bool has_factors = p.eps < 0;
-      Share first_share, last_share;
       int32_t u = begin;
       const auto run = [&](auto parts) {
         constexpr int kParts = decltype(parts)::value;
@@ -257,18 +265,23 @@ __global__ void __launch_bounds__(kThreads, 1) ChainKernel(const __grid_constant
 #pragma unroll
             for (int j = 0; j < kRows / 8; ++j) {
               if (j >= columns) break;
-              float square[2] = {};
-              Piece piece;
-              piece.Load(args, p, tile * p.groups + group, j);
-              const float* sums = acc[part] + j * 4;
-              piece.Store(args, p, factors, {sums[0], sums[1], sums[2], sums[3]}, square);
+              const int32_t of_all = tile * p.groups + group;
+              const float4 sums{acc[part][j * 4], acc[part][j * 4 + 1], acc[part][j * 4 + 2],
+                                acc[part][j * 4 + 3]};
+              if (p.silu) {
+                StoreSilu(args, p, factors, of_all, j, sums);
+              } else {
+                float square[2] = {};
+                Piece piece;
+                piece.Load(args, p, of_all, j);
+                piece.Store(args, p, factors, sums, square);
+              }
             }
           }
           return;
         }
-        float* to = args.sums +
-                    (int64_t{block} * kSlots + (tile == first_tile ? 0 : 1)) * S::kSumFloats +
-                    lane * 4;
+        float* to =
+            args.sums + SumsBefore<kRows>(i % 2, block, tile == first_tile ? 0 : 1) + lane * 4;
 #pragma unroll
         for (int j = 0; j < kRows / 8; ++j) {
           if (j >= columns) break;
@@ -277,7 +290,7 @@ __global__ void __launch_bounds__(kThreads, 1) ChainKernel(const __grid_constant
               to + (warp * (kRows / 8) + j) * 128,
               {Present(sums[0]), Present(sums[1]), Present(sums[2]), Present(sums[3])});
         }
-        (tile == first_tile ? first_share : last_share) = ShareOf(p, tile, block, columns);
+        (tile == first_tile ? first_share : last_share) = ShareOf(p, i % 2, tile, block, columns);
       };
       if (p.groups > 8) {
         run(Parts<2>{});
@@ -285,14 +298,6 @@ __global__ void __launch_bounds__(kThreads, 1) ChainKernel(const __grid_constant
         while (u < end) run(Parts<1>{});
       }
       if (!has_factors) Meet<kFactors>();
-      const auto for_items = [&](auto work) {
-        for (int item = warp; item < first_share.items + last_share.items; item += kWarps) {
-          const bool last = item >= first_share.items;
-          const Share share = last ? last_share : first_share;
-          const int own = last ? item - first_share.items : item;
-          work(share, share.first + own * share.sharers);
-        }
-      };
       if (p.sum_turn >= 0) {
         for_items(
             [&](const Share& share, int item) { Send<kRows>(args, p, share, item, columns); });
@@ -302,9 +307,11 @@ __global__ void __launch_bounds__(kThreads, 1) ChainKernel(const __grid_constant
       });
     }
     if (i + 1 < args.count) {
-      FenceCopyEngine();  // what was written here is read by copy engines
       Meet<kFinished>();
     }
+    // Only now, as nobody waits for it.
+    for_items(
+        [&](const Share& share, int item) { DropOwnSums<kRows>(args, share, item, columns); });
   }
 #endif
 }
@@ -350,7 +357,7 @@ int Processors() {
 }
 
 constexpr size_t SumBytes(size_t blocks) {
-  return blocks * kSlots * kTileFeatures * kMaxChainRows * sizeof(float);
+  return 2 * blocks * kSlots * kTileFeatures * kMaxChainRows * sizeof(float);
 }
 constexpr size_t kSquareBytes = 2 * size_t{kMaxChainRows} * kMostParts * sizeof(float);
 
@@ -463,7 +470,9 @@ bool FitsProductChain(const ChainedProduct& product) {
   const bool silu = product.kind == ChainedProduct::Kind::kSilu;
   const int64_t tiles = (AllGroups(product) + 7) / 8, steps = (x.cols + kStep - 1) / kStep;
   return x.rows > 0 && x.rows <= kMaxChainRows && x.cols % 8 == 0 && x.stride % 8 == 0 &&
-         reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && (!silu || product.features % 8 == 0) &&
+         reinterpret_cast<uintptr_t>(x.data) % 16 == 0 &&
+         (!silu || (product.features % 8 == 0 && product.out.stride % 2 == 0 &&
+                    reinterpret_cast<uintptr_t>(product.out.data) % 4 == 0)) &&
          tiles * steps * (Processors() + 1) <= INT32_MAX &&
          // A block that finishes squares has room for the sums of two tiles.
          (product.kind != ChainedProduct::Kind::kAdd || tiles <= Processors());
