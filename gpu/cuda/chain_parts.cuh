@@ -173,15 +173,10 @@ __device__ inline Share ShareOf(const Phase& p, int turn, int32_t tile, int bloc
   return s;
 }
 
-// A warp's sums of the gates of 8 features and of their ups, × 8 rows of x: a thread has both. They
-// are turned around within the warp, so that a thread stores neighbours. In few operations, as a
-// block has many such pieces at its end, when memory stands idle.
-__device__ inline void StoreSilu(const ChainArgs& args, const Phase& p, const float* factors,
-                                 int32_t group, int column, const float4& sums) {
-  if (group * 8 >= p.features) return;
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  float2 factor{1, 1};
-  if (p.eps >= 0) factor = *reinterpret_cast<const float2*>(factors + column * 8 + lane % 4 * 2);
+// What a warp's sums of the gates of 8 features and of their ups, × 8 rows of x, become; a thread
+// has both. They are turned around within the warp, so that a thread has two neighbours: of row
+// lane / 4, features lane % 4 · 2 and behind.
+__device__ inline uint32_t Silu(const float4& sums, float2 factor) {
   const auto silu = [](float gate, float up) {
     return up * __fdividef(gate, 1.0f + __expf(-gate));
   };
@@ -191,14 +186,74 @@ __device__ inline void StoreSilu(const ChainArgs& args, const Phase& p, const fl
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;"
                : "=r"(of_features)
                : "r"(*reinterpret_cast<const uint32_t*>(&of_rows)));
-  const int row = column * 8 + lane / 4;
-  if (row >= args.n) return;
-  auto* to =
-      static_cast<__nv_bfloat16*>(p.out.data) + row * p.out.stride + group * 8 + lane % 4 * 2;
-  *reinterpret_cast<uint32_t*>(to) = of_features;
+  return of_features;
 }
 
-// What becomes of a warp's sums of 16 features × 8 rows of x in other products.
+// Where a lane puts what Silu gives of a group of 8 features and the first column of 8 rows of x.
+__device__ inline __nv_bfloat16* SiluPlace(const Phase& p, int32_t group) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  return static_cast<__nv_bfloat16*>(p.out.data) + lane / 4 * p.out.stride + group * 8 +
+         lane % 4 * 2;
+}
+
+// 1/rms of rows row and row + 1, or 1.
+__device__ inline float2 FactorsOf(const Phase& p, const float* factors, int row) {
+  return p.eps >= 0 ? *reinterpret_cast<const float2*>(factors + row) : float2{1, 1};
+}
+
+// Sums that are the whole of a warp's features and added to nothing: group `group`, of groups
+// `group` + 8, … each 16 rows of weights. There are many pieces one after another in the code,
+// which is run once a product: where it is long, the processor waits for instructions, and all
+// others for it.
+template <int kParts, int kRows>
+__device__ inline void StoreWhole(const ChainArgs& args, const Phase& p, const float* factors,
+                                  int32_t group, int parts, const float (&acc)[kParts][kRows / 2]) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int first_row = lane % 4 * 2;
+  const auto sums = [&](int part, int j) {
+    return float4{acc[part][j * 4], acc[part][j * 4 + 1], acc[part][j * 4 + 2],
+                  acc[part][j * 4 + 3]};
+  };
+  if (p.silu) {
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      if (part >= parts || (group + part * 8) * 8 >= p.features) break;
+      __nv_bfloat16* to = SiluPlace(p, group + part * 8);
+#pragma unroll
+      for (int j = 0; j < kRows / 8; ++j) {
+        if (j * 8 >= args.n) break;
+        const uint32_t two = Silu(sums(part, j), FactorsOf(p, factors, j * 8 + first_row));
+        if (j * 8 + lane / 4 < args.n) *reinterpret_cast<uint32_t*>(to) = two;
+        to += 8 * p.out.stride;
+      }
+    }
+    return;
+  }
+#pragma unroll
+  for (int part = 0; part < kParts; ++part) {
+    const int32_t feature = (group + part * 8) * 16 + lane / 4;
+    if (part >= parts) break;
+    float* to = F32Row(p.out, first_row) + feature;
+    const bool low = feature < p.features, high = feature + 8 < p.features;
+#pragma unroll
+    for (int j = 0; j < kRows / 8; ++j) {
+      const int row = j * 8 + first_row;
+      if (row >= args.n) break;
+      const float4 v = sums(part, j);
+      const float2 factor = FactorsOf(p, factors, row);
+      float* next = to + p.out.stride;
+      if (low) to[0] = v.x * factor.x;
+      if (high) to[8] = v.z * factor.x;
+      if (row + 1 < args.n) {
+        if (low) next[0] = v.y * factor.y;
+        if (high) next[8] = v.w * factor.y;
+      }
+      to += 8 * p.out.stride;
+    }
+  }
+}
+
+// What becomes of shared ones, of products but those of SiLU.
 struct Piece {
   int feature = 0, row = 0;  // of the thread's first sum
   float before[4] = {}, weight[2] = {};
@@ -401,9 +456,15 @@ __device__ inline void Finish(const ChainArgs& args, const Phase& p, float* squa
         sum);
   }
   if (p.silu) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const float2 factor = FactorsOf(p, factors, column * 8 + lane % 4 * 2);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      StoreSilu(args, p, factors, group_of(half), column, sum[half]);
+      const uint32_t two = Silu(sum[half], factor);
+      __nv_bfloat16* to = SiluPlace(p, group_of(half)) + column * 8 * p.out.stride;
+      if (group_of(half) * 8 < p.features && column * 8 + lane / 4 < args.n) {
+        *reinterpret_cast<uint32_t*>(to) = two;
+      }
     }
     return;
   }

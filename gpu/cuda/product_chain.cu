@@ -214,10 +214,8 @@ __global__ void __launch_bounds__(kThreads, 1) ChainKernel(const __grid_constant
         constexpr int kParts = decltype(parts)::value;
         const int32_t tile = u / p.steps;
         const int32_t tile_end = (tile + 1) * p.steps, stop = min(tile_end, end);
-        // Squares are summed, and ranks' sums, where a tile is finished by its sharers, one or
-        // more.
-        const bool whole =
-            u == tile * p.steps && end >= tile_end && p.norm == nullptr && p.sum_turn < 0;
+        // What adds is finished by a tile's sharers, one or more.
+        const bool whole = u == tile * p.steps && end >= tile_end && !p.add;
         float acc[kParts][kRows / 2] = {};
         int held = -1, x_held = -1;
         for (; u < stop; ++u) {
@@ -258,26 +256,8 @@ __global__ void __launch_bounds__(kThreads, 1) ChainKernel(const __grid_constant
         if (whole) {
           if (!has_factors) Meet<kFactors>();
           has_factors = true;
-#pragma unroll
-          for (int part = 0; part < kParts; ++part) {
-            const int group = part * 8 + warp;
-            if (group >= p.groups) break;
-#pragma unroll
-            for (int j = 0; j < kRows / 8; ++j) {
-              if (j >= columns) break;
-              const int32_t of_all = tile * p.groups + group;
-              const float4 sums{acc[part][j * 4], acc[part][j * 4 + 1], acc[part][j * 4 + 2],
-                                acc[part][j * 4 + 3]};
-              if (p.silu) {
-                StoreSilu(args, p, factors, of_all, j, sums);
-              } else {
-                float square[2] = {};
-                Piece piece;
-                piece.Load(args, p, of_all, j);
-                piece.Store(args, p, factors, sums, square);
-              }
-            }
-          }
+          StoreWhole<kParts, kRows>(args, p, factors, tile * p.groups + warp,
+                                    (p.groups - warp + 7) / 8, acc);
           return;
         }
         float* to =
