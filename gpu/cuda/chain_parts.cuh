@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "gpu/cuda/copy_engine.cuh"
 #include "gpu/cuda/device_math.cuh"
 #include "gpu/cuda/product_chain.h"
 
@@ -64,7 +65,7 @@ struct Shape {
   // Of weights, copies that a block has under way: many make all that others wait for slower, so
   // they are fewer for a product whose x is not there yet, while sums go from block to block. Where
   // the ring is full, a step goes to L2 every kPace cycles, up to kAhead of them.
-  static constexpr int kUnderWay = kRows == 64 ? 4 : 7, kUnderWayEarly = kRows == 64 ? 1 : 2;
+  static constexpr int kUnderWay = kRows == 64 ? 8 : 7, kUnderWayEarly = kRows == 64 ? 1 : 2;
   static constexpr int kAhead = kRows == 64 ? 0 : 12, kPace = 4000;
 };
 
@@ -121,9 +122,10 @@ __device__ inline float4 LoadSums(const float* from) {
 template <Scope kScope>
 __device__ inline void StoreSums(float* to, const float4& v) {
   if constexpr (kScope == Scope::kGpu) {
-    asm volatile("st.relaxed.gpu.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(v.x),
-                 "f"(v.y), "f"(v.z), "f"(v.w)
-                 : "memory");
+    asm volatile(
+        "st.relaxed.gpu.global.L2::cache_hint.v4.f32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(to),
+        "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "l"(EvictLast())
+        : "memory");
   } else {
     asm volatile("st.relaxed.sys.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(v.x),
                  "f"(v.y), "f"(v.z), "f"(v.w)

@@ -63,19 +63,19 @@ __device__ inline void WaitForParity(uint64_t* barrier, uint32_t parity) {
   }
 }
 
-// The tile of `map` at (row, column), zeros where it lies outside.
+// The tile of `map` at (row, column), zeros where it lies outside. `policy`: of L2.
 __device__ inline void CopyTile(void* shared, const CUtensorMap& map, int32_t row, int32_t column,
-                                uint64_t* barrier) {
+                                uint64_t* barrier, uint64_t policy) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], "
-      "[%1, {%3, %4}], [%2];" ::"r"(SharedAddress(shared)),
-      "l"(&map), "r"(SharedAddress(barrier)), "r"(column), "r"(row)
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      ".L2::cache_hint [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(SharedAddress(shared)),
+      "l"(&map), "r"(SharedAddress(barrier)), "r"(column), "r"(row), "l"(policy)
       : "memory");
 }
 
-// The same of a map of four dimensions, of what is read once: the first to leave L2.
-__device__ inline void CopyTileOnce(void* shared, const CUtensorMap& map, const int32_t (&at)[4],
-                                    uint64_t* barrier, uint64_t policy) {
+// The same of a map of four dimensions.
+__device__ inline void CopyTile(void* shared, const CUtensorMap& map, const int32_t (&at)[4],
+                                uint64_t* barrier, uint64_t policy) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
       ".L2::cache_hint [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(SharedAddress(shared)),
@@ -92,9 +92,17 @@ __device__ inline void PrefetchTile(const CUtensorMap& map, const int32_t (&at)[
       : "memory");
 }
 
+// The first to leave L2: what is read once.
 __device__ inline uint64_t EvictFirst() {
   uint64_t policy;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+// The last: what all blocks read.
+__device__ inline uint64_t EvictLast() {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
 

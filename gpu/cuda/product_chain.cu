@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(kThreads, 1) ChainKernel(const __grid_constant
         int32_t at[4];
         units.Place(at);
         ArriveAndExpect(full, units.bytes());
-        CopyTileOnce(weights + ring.place * kWeightBytes, units.map(), at, full, policy);
+        CopyTile(weights + ring.place * kWeightBytes, units.map(), at, full, policy);
         ring.Advance();
       }
     }
@@ -146,6 +146,7 @@ __global__ void __launch_bounds__(kThreads, 1) ChainKernel(const __grid_constant
   WaitForEarlierKernels();
   if (warp == kWarps + 1) {
     if (lane != 0) return;
+    const uint64_t policy = EvictLast();
     Ring<S::kXStages> ring;
     Units units{args};
     int phase = 0;
@@ -160,7 +161,7 @@ __global__ void __launch_bounds__(kThreads, 1) ChainKernel(const __grid_constant
       WaitForParity(rows_free + ring.place, ring.turn ^ 1);
       ArriveAndExpect(rows_full + ring.place, S::kRowBytes);
       CopyTile(rows + ring.place * S::kRowBytes, args.phases[phase].x, 0, units.column(),
-               rows_full + ring.place);
+               rows_full + ring.place, policy);
       ring.Advance();
     }
     return;
