@@ -18,9 +18,28 @@ bool SpaceParts(char before, char behind) {
   return (InWord(before) && InWord(behind)) || (behind == '=' && (before == '=' || before == '!'));
 }
 
+// message.role as message['role'], in what is not quoted, from `from` on.
+void IndexByName(std::string& out, size_t from) {
+  for (const std::string message : {"message", "messages[0]"}) {
+    for (const std::string item : {"role", "content"}) {
+      const std::string name = message + "." + item, index = message + "['" + item + "']";
+      for (size_t at = from; (at = out.find(name, at)) != std::string::npos;) {
+        const char next = at + name.size() < out.size() ? out[at + name.size()] : '\0';
+        if (InWord(next)) {
+          at += name.size();
+        } else {
+          out.replace(at, name.size() + (next == ' ' ? 1 : 0), index);
+          at += index.size();
+        }
+      }
+    }
+  }
+}
+
 std::string Canonical(std::string_view jinja) {
   std::string out;
   char quote = 0;
+  size_t behind_quote = 0;
   bool space = false;
   for (size_t i = 0; i < jinja.size(); ++i) {
     const char c = jinja[i];
@@ -32,6 +51,7 @@ std::string Canonical(std::string_view jinja) {
       if (space && SpaceParts(out.back(), c)) out.push_back(' ');
       space = false;
       if (c == '\'' || c == '"') {
+        IndexByName(out, behind_quote);
         quote = c;
         out.push_back('\'');
       } else {
@@ -40,6 +60,7 @@ std::string Canonical(std::string_view jinja) {
     } else if (c == quote) {
       quote = 0;
       out.push_back('\'');
+      behind_quote = out.size();
     } else if (c == '\n') {
       out += "\\n";
     } else if (c == '\'') {
@@ -49,18 +70,8 @@ std::string Canonical(std::string_view jinja) {
       if (c == '\\' && i + 1 < jinja.size()) out.push_back(jinja[++i]);
     }
   }
-  const auto replace = [&](std::string_view from, std::string_view to) {
-    for (size_t at = 0; (at = out.find(from, at)) != std::string::npos; at += to.size()) {
-      out.replace(at, from.size(), to);
-    }
-  };
-  for (const std::string message : {"message", "messages[0]"}) {
-    for (const std::string item : {"role", "content"}) {
-      replace(message + "." + item + " ", message + "['" + item + "']");
-      replace(message + "." + item, message + "['" + item + "']");
-    }
-  }
-  replace("'+'", "");
+  if (quote == 0) IndexByName(out, behind_quote);
+  for (size_t at = 0; (at = out.find("'+'", at)) != std::string::npos;) out.erase(at, 3);
   return out;
 }
 

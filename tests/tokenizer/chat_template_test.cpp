@@ -254,6 +254,8 @@ TEST(ChatTemplate, RefusesWhatReadsAlikeWithoutSpaces) {
          {std::pair("loop.last and ", "loop.lastand"),
           {"loop.first and ", "loop.firstand"},
           {"if not ", "if not"},
+          {"message.role == 'user' and not(",
+           "message.role == 'user' and message.contentis string and not("},
           {"{% for message in messages %}", "{#+ #}{% for message in messages %}"},
           {"Be kind to", "Be kind\rto"}}) {
       std::string jinja = c.jinja;
@@ -271,6 +273,17 @@ TEST(ChatTemplate, RefusesWhatReadsAlikeWithoutSpaces) {
                      {{"user", "x"}}, "not served");
   }
   EXPECT_GE(changed, 15u);
+}
+
+TEST(ChatTemplate, KeepsQuotedNames) {
+  std::string jinja = kSmolLm2;
+  const std::string known = "You are a helpful AI assistant";
+  const size_t at = jinja.find(known);
+  ASSERT_NE(at, std::string::npos);
+  const std::string text = "See message.content or messages[0].role here";
+  const std::string rendered =
+      Apply(WithTemplate(jinja.replace(at, known.size(), text)), {{"user", "x"}});
+  EXPECT_NE(rendered.find(text), std::string::npos) << rendered;
 }
 
 TEST(ChatTemplate, RefusesWhatItDoesNotKnow) {
