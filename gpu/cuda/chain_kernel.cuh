@@ -4,7 +4,6 @@
 
 #include "gpu/cuda/chain_results.cuh"
 #include "gpu/cuda/copy_engine.cuh"
-#include "gpu/cuda/launch.cuh"
 #include "gpu/cuda/warpgroup.cuh"
 
 // The kernel of a chain of products (product_chain.cu). Weights go by the copy engine into a ring

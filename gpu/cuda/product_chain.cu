@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "gpu/cuda/chain_kernel.cuh"
+#include "gpu/cuda/launch.cuh"
 #include "gpu/cuda/product_chain.h"
 #include "runtime/base/error.h"
 
