@@ -1,6 +1,7 @@
 // Concurrency: many batches in flight, sealing and merging underneath, release in flight.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
@@ -53,6 +54,69 @@ TEST(Pool, RunsEveryUnitOnceAndThenFinishes) {
   latch.WaitFor(3);
   EXPECT_EQ(finished, 2);
   for (const auto& r : runs) EXPECT_EQ(r, 2);
+}
+
+TEST(Pool, HelpRunsWhatTheThreadsDoNotGetTo) {
+  Latch latch;
+  std::atomic<bool> begun{false}, released{false};
+  Pool pool(1, false);
+  EXPECT_FALSE(pool.Help());
+  pool.ForEach(
+      Pool::Lane::kForeground, 1,
+      [&](size_t) {
+        begun = true;
+        while (!released) std::this_thread::yield();
+      },
+      [&] { latch.Arrive(); });
+  while (!begun) std::this_thread::yield();
+  // The only thread is busy: what follows is run by this one, the oldest loop first.
+  const auto self = std::this_thread::get_id();
+  std::vector<int> order;
+  bool finished[2] = {};
+  for (const int loop : {0, 1}) {
+    pool.ForEach(
+        Pool::Lane::kForeground, 10,
+        [&, loop](size_t) {
+          EXPECT_EQ(std::this_thread::get_id(), self);
+          order.push_back(loop);
+        },
+        [&, loop] { finished[loop] = true; });
+  }
+  pool.ForEach(
+      Pool::Lane::kBackground, 1, [](size_t) {}, [&] { latch.Arrive(); });
+  for (size_t i = 0; i < 20; ++i) EXPECT_TRUE(pool.Help());
+  EXPECT_FALSE(pool.Help());
+  EXPECT_EQ(order.size(), 20u);
+  EXPECT_TRUE(std::is_sorted(order.begin(), order.end()));
+  EXPECT_TRUE(finished[0] && finished[1]);
+  released = true;
+  latch.WaitFor(2);
+}
+
+TEST(Pool, HelpersAndThreadsRunEveryUnitOnce) {
+  Latch latch;
+  constexpr size_t kLoops = 200;
+  std::vector<std::atomic<int>> runs(kLoops * 7);
+  std::atomic<bool> stop{false};
+  Pool pool(2, false);
+  std::vector<std::jthread> helpers;
+  for (int i = 0; i < 2; ++i) {
+    helpers.emplace_back([&] {
+      while (!stop) {
+        if (!pool.Help()) std::this_thread::yield();
+      }
+    });
+  }
+  for (size_t loop = 0; loop < kLoops; ++loop) {
+    pool.ForEach(
+        Pool::Lane::kForeground, 7, [&, loop](size_t i) { ++runs[loop * 7 + i]; },
+        [&, loop] {
+          for (size_t i = 0; i < 7; ++i) EXPECT_EQ(runs[loop * 7 + i], 1);
+          latch.Arrive();
+        });
+  }
+  latch.WaitFor(kLoops);
+  stop = true;
 }
 
 struct Fixture {

@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <chrono>
 #include <csignal>
 #include <cstring>
@@ -230,6 +231,37 @@ TEST_P(Ucx, WaitEndsByFramePostWakeAndTimeout) {
       me.Require(got == 2, "the posted frame did not come");
     }
     me.Require(elapsed() < milliseconds(10000), "a Wait was not ended");
+    me.Barrier(channel.get());
+    channel->Close(kCloseTimeout);
+  };
+  EXPECT_EQ(RunForked(2, GetParam().environment, body), "");
+}
+
+TEST_P(Ucx, NoWakeIsLost) {
+  const auto body = [](ForkedRank& me) {
+    auto channel = me.Start(kNonce);
+    const auto start = steady_clock::now();
+    constexpr uint32_t kTurns = 20'000;
+    std::atomic<uint32_t> asked{0}, answered{0};
+    std::thread waker([&] {
+      for (uint32_t turn = 1; turn <= kTurns; ++turn) {
+        while (asked < turn) std::this_thread::yield();
+        // Before the owner waits, while it goes to sleep, or when it sleeps.
+        const auto then = steady_clock::now() + std::chrono::nanoseconds(turn * 607 % 8000);
+        while (steady_clock::now() < then) {
+        }
+        answered = turn;
+        channel->Wake();
+      }
+    });
+    for (uint32_t turn = 1; turn <= kTurns; ++turn) {
+      asked = turn;
+      while (answered < turn) {
+        if (!channel->Progress()) channel->Wait(milliseconds(20000));
+      }
+    }
+    waker.join();
+    me.Require(steady_clock::now() - start < milliseconds(15000), "a Wait was not ended");
     me.Barrier(channel.get());
     channel->Close(kCloseTimeout);
   };
