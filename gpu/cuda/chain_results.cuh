@@ -38,10 +38,9 @@ __device__ inline float2 FactorsOf(const Phase& p, const float* factors, int row
   return p.eps >= 0 ? *reinterpret_cast<const float2*>(factors + row) : float2{1, 1};
 }
 
-// Sums that are the whole of a warp's features and added to nothing: group `group`, of groups
-// `group` + 8, … each 16 rows of weights. There are many pieces one after another in the code,
-// which is run once a product: where it is long, the processor waits for instructions, and all
-// others for it.
+// Sums over all of k that nothing is added to: of the groups `group`, `group` + 8, …, `parts` of
+// them, each 16 rows of weights. There are many pieces one after another in the code, which runs
+// once a product: where it is long, the processor waits for instructions, and all others for it.
 template <int kParts, int kRows>
 __device__ inline void StoreWhole(const ChainArgs& args, const Phase& p, const float* factors,
                                   int32_t group, int parts, const float (&acc)[kParts][kRows / 2]) {
