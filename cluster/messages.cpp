@@ -140,31 +140,61 @@ bool Walk(const WireShape& shape, uint32_t count, std::span<const std::byte> pay
   return true;
 }
 
-// Builds in `out` and hands each entry's (buffer, parts, offset) to `place`.
-template <typename Entry, typename Place>
-std::vector<std::byte> Build(const WireShape& shape, std::span<const Entry> entries,
-                             std::vector<std::byte> out, Place place) {
+// Checks the entries and calls visit(i, parts, offset, end) with where the data of each begins and
+// ends, padding included; returns where the last ends.
+template <typename Entry, typename Visit>
+uint64_t PlaceAll(const WireShape& shape, std::span<const Entry> entries, Visit visit) {
   Check(entries.size() <= shape.max_entries, "payload with too many entries");
-  const uint64_t data = RoundUp(entries.size_bytes(), kAlign);
-  uint64_t offset = data;
-  for (const Entry& e : entries) {
-    const char* fault = Fault(shape, e);
+  uint64_t offset = RoundUp(entries.size_bytes(), kAlign);
+  for (size_t i = 0; i < entries.size(); ++i) {
+    const char* fault = Fault(shape, entries[i]);
     Check(fault == nullptr, fault != nullptr ? fault : "");
-    const auto parts = PartsOf(shape, e);
+    const auto parts = PartsOf(shape, entries[i]);
     const auto end = parts ? EndOf(*parts, offset) : std::nullopt;
     Check(end && *end <= kMaxPayloadBytes, "payload above the limit: split it");
+    visit(i, *parts, offset, *end);
     offset = *end;
   }
   Check(offset <= kMaxPayloadBytes, "payload above the limit: split it");
-  out.resize(offset);
-  auto* to = reinterpret_cast<Entry*>(out.data());
-  offset = data;
-  for (size_t i = 0; i < entries.size(); ++i) {
-    to[i] = entries[i];
-    const Parts parts = *PartsOf(shape, entries[i]);
+  return offset;
+}
+
+template <typename Entry>
+void CopyEntries(std::span<const Entry> entries, std::vector<std::byte>& to) {
+  const auto bytes = std::as_bytes(entries);
+  std::copy(bytes.begin(), bytes.end(), to.begin());
+}
+
+// Entries in memory of their own, and pieces: `from(i, parts, add)` calls add(data, bytes) for the
+// data of an entry.
+template <typename Entry, typename From>
+std::vector<std::byte> BuildPieces(const WireShape& shape, std::span<const Entry> entries,
+                                   Pieces* pieces, std::vector<std::byte> used, From from) {
+  static constexpr std::array<std::byte, kAlign> kPadding{};
+  pieces->clear();
+  PlaceAll(shape, entries, [&](size_t i, const Parts& parts, uint64_t offset, uint64_t end) {
+    const auto add = [&](const void* data, uint64_t bytes) {
+      if (bytes > 0) pieces->emplace_back(static_cast<const std::byte*>(data), bytes);
+      offset += bytes;
+    };
+    from(i, parts, add);
+    add(kPadding.data(), end - offset);
+  });
+  used.resize(RoundUp(entries.size_bytes(), kAlign));
+  CopyEntries(entries, used);
+  return used;
+}
+
+// All in one piece: `place(base, parts, offset)` for the data of each entry.
+template <typename Entry, typename Place>
+std::vector<std::byte> BuildWhole(const WireShape& shape, std::span<const Entry> entries,
+                                  Place place) {
+  std::vector<std::byte> out(
+      PlaceAll(shape, entries, [](size_t, const Parts&, uint64_t, uint64_t) {}));
+  CopyEntries(entries, out);
+  PlaceAll(shape, entries, [&](size_t, const Parts& parts, uint64_t offset, uint64_t) {
     place(out.data(), parts, offset);
-    offset = *EndOf(parts, offset);
-  }
+  });
   return out;
 }
 
@@ -226,31 +256,30 @@ std::optional<std::vector<KeyMeanView>> ParseKeyMean(const WireShape& shape, uin
 }
 
 std::vector<std::byte> BuildQuery(const WireShape& shape, std::span<const QueryEntry> entries,
-                                  std::vector<QuerySpace>* spaces, std::vector<std::byte> used) {
-  if (spaces != nullptr) spaces->clear();
-  return Build(shape, entries, std::move(used), [&](std::byte* base, const Parts& p, uint64_t at) {
-    if (spaces == nullptr) return;
-    const auto q = Take<float>(base, at, p[0]);
-    spaces->push_back({q, Take<uint16_t>(base, at, p[1])});
-  });
+                                  std::span<const QuerySource> sources, Pieces* pieces,
+                                  std::vector<std::byte> used) {
+  Check(sources.size() == entries.size(), "a query with other sources than entries");
+  return BuildPieces(shape, entries, pieces, std::move(used),
+                     [&](size_t i, const Parts& parts, auto add) {
+                       add(sources[i].q, parts[0]);
+                       add(sources[i].codes, parts[1]);
+                     });
 }
 
 std::vector<std::byte> BuildPartial(const WireShape& shape, std::span<const PartialEntry> entries,
-                                    std::vector<PartialSpace>* spaces,
+                                    std::span<const float* const> sources, Pieces* pieces,
                                     std::vector<std::byte> used) {
-  if (spaces != nullptr) spaces->clear();
-  return Build(shape, entries, std::move(used), [&](std::byte* base, const Parts& p, uint64_t at) {
-    if (spaces == nullptr) return;
-    const auto max = Take<float>(base, at, p[0]);
-    const auto den = Take<float>(base, at, p[1]);
-    spaces->push_back({max, den, Take<float>(base, at, p[2])});
-  });
+  Check(sources.size() == entries.size(), "partials with other sources than entries");
+  return BuildPieces(shape, entries, pieces, std::move(used),
+                     [&](size_t i, const Parts& parts, auto add) {
+                       add(sources[i], parts[0] + parts[1] + parts[2]);
+                     });
 }
 
 std::vector<std::byte> BuildKv(const WireShape& shape, std::span<const KvEntry> entries,
                                std::vector<KvSpace>* spaces) {
   if (spaces != nullptr) spaces->clear();
-  return Build(shape, entries, {}, [&](std::byte* base, const Parts& p, uint64_t at) {
+  return BuildWhole(shape, entries, [&](std::byte* base, const Parts& p, uint64_t at) {
     if (spaces == nullptr) return;
     const auto rows = Take<bf16>(base, at, p[0]);
     spaces->push_back({rows, Take<uint16_t>(base, at, p[1])});
@@ -260,7 +289,7 @@ std::vector<std::byte> BuildKv(const WireShape& shape, std::span<const KvEntry> 
 std::vector<std::byte> BuildKeyMean(const WireShape& shape, std::span<const KeyMeanEntry> entries,
                                     std::vector<std::span<float>>* spaces) {
   if (spaces != nullptr) spaces->clear();
-  return Build(shape, entries, {}, [&](std::byte* base, const Parts& p, uint64_t at) {
+  return BuildWhole(shape, entries, [&](std::byte* base, const Parts& p, uint64_t at) {
     if (spaces != nullptr) spaces->push_back(Take<float>(base, at, p[0]));
   });
 }

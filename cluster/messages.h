@@ -110,28 +110,29 @@ std::optional<std::vector<KeyMeanView>> ParseKeyMean(const WireShape& shape, uin
                                                      std::span<const std::byte> payload,
                                                      std::string* why);
 
+// What travels every layer is sent from where it lies: the entries, which come back, and behind
+// them `pieces`, whose memory is the sources' (one an entry). Entries that the peer's parser would
+// refuse are a bug and throw, as is a payload above kMaxPayloadBytes. `used`: memory that may be
+// used again, a former payload or none.
+using Pieces = std::vector<std::span<const std::byte>>;
+struct QuerySource {
+  const float* q;
+  const uint16_t* codes;  // not read where exact
+};
+std::vector<std::byte> BuildQuery(const WireShape& shape, std::span<const QueryEntry> entries,
+                                  std::span<const QuerySource> sources, Pieces* pieces,
+                                  std::vector<std::byte> used = {});
+// sources: max, den and num of an entry, one behind the other.
+std::vector<std::byte> BuildPartial(const WireShape& shape, std::span<const PartialEntry> entries,
+                                    std::span<const float* const> sources, Pieces* pieces,
+                                    std::vector<std::byte> used = {});
+
 // Payloads with their entries written and their data spaces ready to be filled through the
-// (mutable) spans that come back, in entry order.
-struct QuerySpace {
-  std::span<float> q;
-  std::span<uint16_t> codes;
-};
-struct PartialSpace {
-  std::span<float> max, den, num;
-};
+// (mutable) spans that come back, in entry order; otherwise as above. `spaces` may be null.
 struct KvSpace {
   std::span<bf16> rows;
   std::span<uint16_t> codes;
 };
-// Entries that the peer's parser would refuse are a bug and throw, as is a payload above
-// kMaxPayloadBytes; `spaces` may be null. What travels every layer is built in memory that may be
-// used again, `used`: a former payload, whose content stays where nothing is written, or none.
-std::vector<std::byte> BuildQuery(const WireShape& shape, std::span<const QueryEntry> entries,
-                                  std::vector<QuerySpace>* spaces,
-                                  std::vector<std::byte> used = {});
-std::vector<std::byte> BuildPartial(const WireShape& shape, std::span<const PartialEntry> entries,
-                                    std::vector<PartialSpace>* spaces,
-                                    std::vector<std::byte> used = {});
 std::vector<std::byte> BuildKv(const WireShape& shape, std::span<const KvEntry> entries,
                                std::vector<KvSpace>* spaces);
 std::vector<std::byte> BuildKeyMean(const WireShape& shape, std::span<const KeyMeanEntry> entries,

@@ -217,9 +217,8 @@ PartialItem Batch::Empty(uint32_t item, int32_t segment) const {
   p.item = item;
   p.segment = segment;
   p.sampled.assign(options_.group, 0);
-  p.max.assign(options_.group, kEmptyMax);
-  p.den.assign(options_.group, 0);
-  p.num.assign(size_t{options_.group} * options_.head_dim, 0);
+  p.values.resize(size_t{options_.group} * (options_.head_dim + 2));
+  std::fill_n(p.values.begin(), options_.group, kEmptyMax);
   if (batch_.collect_ids) p.ids.resize(options_.group);
   return p;
 }
@@ -227,13 +226,14 @@ PartialItem Batch::Empty(uint32_t item, int32_t segment) const {
 void Batch::Merge(size_t index, PartialItem& into) {
   const Unit& unit = units_[index];
   const Partials from = PartialsOf(unit);
-  const size_t d = options_.head_dim;
+  const size_t d = options_.head_dim, group = options_.group;
+  float* values = into.values.data();
   const size_t first = unit.head == kAllHeads ? 0 : unit.head;
   const uint64_t offset = items_[unit.item].views[unit.view].segment->spec().first_token;
   for (size_t h = 0; h < HeadsOf(unit); ++h) {
     const size_t at = first + h;
-    MergePartial({&into.max[at], &into.den[at], &into.num[at * d]}, from.max[h], from.den[h],
-                 from.num + h * d, d);
+    MergePartial({&values[at], &values[group + at], &values[2 * group + at * d]}, from.max[h],
+                 from.den[h], from.num + h * d, d);
     into.sampled[at] += sampled_[index];
     if (!batch_.collect_ids) continue;
     for (const uint32_t id : ids_[index]) into.ids[at].push_back(offset + id);

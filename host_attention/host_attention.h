@@ -115,10 +115,14 @@ struct PartialItem {
   uint32_t item;  // index of the QueryItem
   int32_t segment;
   std::vector<uint64_t> sampled;  // [group] tokens that contributed
-  std::vector<float> max, den;    // [group]
-  std::vector<float> num;         // [group, head_dim]
+  std::vector<float> values;      // max, den and num, one behind the other
   // [group] the tokens, ascending within a segment; only where AttendBatch::collect_ids is set.
   std::vector<std::vector<uint64_t>> ids;
+
+  // [group], [group] and [group, head_dim].
+  auto max() const { return std::span(values).first(sampled.size()); }
+  auto den() const { return std::span(values).subspan(sampled.size(), sampled.size()); }
+  auto num() const { return std::span(values).subspan(2 * sampled.size()); }
 };
 
 struct AttendBatch {

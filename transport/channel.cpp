@@ -5,6 +5,12 @@
 
 namespace passel::transport {
 
+uint64_t OutgoingFrame::payload_bytes() const {
+  uint64_t bytes = payload.size();
+  for (const auto& piece : pieces) bytes += piece.size();
+  return bytes;
+}
+
 OutgoingFrame OutgoingFrame::Own(FrameHeader header, std::vector<std::byte> payload) {
   // std::function copies its target, so the payload is held by a pointer.
   const auto held = std::make_shared<const std::vector<std::byte>>(std::move(payload));

@@ -13,13 +13,18 @@
 
 namespace passel::transport {
 
-// A frame on its way out. The payload's memory stays valid until `done` runs (once, on the owner
+// A frame on its way out. The memory of its payload stays valid until `done` runs (once, on the owner
 // thread, also when the send was cancelled because the peer is gone).
 struct OutgoingFrame {
   // The channel fills magic, version, nonce, epoch, source, sequence and payload_bytes.
   FrameHeader header;
   std::span<const std::byte> payload;
-  std::function<void()> done;
+  std::function<void()> done = {};
+  // More of the payload, behind it, in this order: sent from where it lies.
+  std::vector<std::span<const std::byte>> pieces = {};
+
+  // Of all pieces.
+  uint64_t payload_bytes() const;
 
   // A frame that owns its payload.
   static OutgoingFrame Own(FrameHeader header, std::vector<std::byte> payload);

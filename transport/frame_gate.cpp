@@ -51,7 +51,7 @@ void FrameGate::CountSent(uint64_t payload_bytes) {
 }
 
 void CheckOutgoing(const OutgoingFrame& frame) {
-  Check(frame.payload.size() <= MaxPayloadBytes(frame.header.type),
+  Check(frame.payload_bytes() <= MaxPayloadBytes(frame.header.type),
         "frame payload above the limit of its type: split it");
 }
 

@@ -164,12 +164,12 @@ class InProcessChannel final : public Channel {
 
   void Send(RankId to, OutgoingFrame frame) override {
     CheckOutgoing(frame);
-    At(to).pending += kFrameHeaderBytes + frame.payload.size();
+    At(to).pending += kFrameHeaderBytes + frame.payload_bytes();
     Start(to, std::move(frame));
   }
   void Post(RankId to, OutgoingFrame frame) override {
     CheckOutgoing(frame);
-    At(to).pending += kFrameHeaderBytes + frame.payload.size();
+    At(to).pending += kFrameHeaderBytes + frame.payload_bytes();
     posts_.Push(to, std::move(frame));
     Wake();
   }
@@ -219,13 +219,14 @@ class InProcessChannel final : public Channel {
 
 void InProcessChannel::Start(RankId to, OutgoingFrame frame) {
   Peer& peer = At(to);
-  const uint64_t bytes = frame.payload.size();
+  const uint64_t bytes = frame.payload_bytes();
   gate_.Stamp(frame.header, bytes);
   if (peer.state == PeerState::kConnected) {
     const auto header = std::as_bytes(std::span(&frame.header, 1));
+    Bytes whole(frame.payload.begin(), frame.payload.end());
+    for (const auto& piece : frame.pieces) whole.insert(whole.end(), piece.begin(), piece.end());
     const std::lock_guard lock(state_->mutex);
-    state_->Transmit(self_.value, to.value, Bytes(header.begin(), header.end()),
-                     Bytes(frame.payload.begin(), frame.payload.end()));
+    state_->Transmit(self_.value, to.value, Bytes(header.begin(), header.end()), std::move(whole));
     gate_.CountSent(bytes);
   }
   ended_.push_back({&peer, kFrameHeaderBytes + bytes, std::move(frame.done)});

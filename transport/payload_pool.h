@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <memory>
 #include <mutex>
+#include <span>
 #include <utility>
 #include <vector>
 
@@ -24,16 +25,21 @@ class PayloadPool {
     return out;
   }
   void Give(std::vector<std::byte> payload) { shared_->Give(std::move(payload)); }
-  // A frame whose payload comes back once it is sent.
-  OutgoingFrame Frame(FrameHeader header, std::vector<std::byte> payload) const {
+  // A frame whose payload comes back once it is sent; until then it holds `owner`, of the pieces
+  // behind it.
+  OutgoingFrame Frame(FrameHeader header, std::vector<std::byte> payload,
+                      std::vector<std::span<const std::byte>> pieces,
+                      std::shared_ptr<const void> owner) const {
     struct Loan {
       std::shared_ptr<Shared> shared;
       std::vector<std::byte> payload;
+      std::shared_ptr<const void> owner;
     };
-    auto loan = std::make_shared<Loan>(Loan{shared_, std::move(payload)});
+    auto loan = std::make_shared<Loan>(Loan{shared_, std::move(payload), std::move(owner)});
     OutgoingFrame frame;
     frame.header = header;
     frame.payload = loan->payload;
+    frame.pieces = std::move(pieces);
     frame.done = [loan = std::move(loan)] { loan->shared->Give(std::move(loan->payload)); };
     return frame;
   }

@@ -131,6 +131,7 @@ class Impl final : public UcxChannel {
     FrameHeader header;
     std::function<void()> done;
     Peer* peer = nullptr;
+    std::vector<ucp_dt_iov_t> pieces;  // where there are several
   };
 
   static void OnSent(void* request, ucs_status_t status, void* user_data);
@@ -199,13 +200,13 @@ void Impl::Connect(const std::map<RankId, std::vector<std::byte>>& addresses, ui
 void Impl::Send(RankId to, OutgoingFrame frame) {
   CheckOutgoing(frame);
   Peer& peer = At(to);
-  peer.pending += WireBytes(frame.payload.size());
+  peer.pending += WireBytes(frame.payload_bytes());
   Start(peer, std::move(frame));
 }
 
 void Impl::Post(RankId to, OutgoingFrame frame) {
   CheckOutgoing(frame);
-  At(to).pending += WireBytes(frame.payload.size());
+  At(to).pending += WireBytes(frame.payload_bytes());
   posts_.Push(to, std::move(frame));
   wake_.Set();
 }
@@ -217,7 +218,7 @@ void Impl::Start(Peer& peer, OutgoingFrame frame) {
   out->header = frame.header;
   out->done = std::move(frame.done);
   out->peer = &peer;
-  gate_.Stamp(out->header, frame.payload.size());
+  gate_.Stamp(out->header, frame.payload_bytes());
   if (peer.state == PeerState::kLost || peer.failure != UCS_OK || closed_) {
     return Finish(out, UCS_ERR_CANCELED);
   }
@@ -225,9 +226,22 @@ void Impl::Start(Peer& peer, OutgoingFrame frame) {
   param.op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA;
   param.cb.send = &Impl::OnSent;
   param.user_data = out;
-  const ucs_status_ptr_t request =
-      ucp_am_send_nbx(peer.endpoint, /*id=*/0, &out->header, kFrameHeaderBytes,
-                      frame.payload.data(), frame.payload.size(), &param);
+  const void* payload = frame.payload.data();
+  size_t count = frame.payload.size();
+  if (!frame.pieces.empty()) {
+    const auto add = [out](std::span<const std::byte> piece) {
+      // UCX does not write to what it sends.
+      out->pieces.push_back({const_cast<std::byte*>(piece.data()), piece.size()});
+    };
+    add(frame.payload);
+    for (const auto& piece : frame.pieces) add(piece);
+    param.op_attr_mask |= UCP_OP_ATTR_FIELD_DATATYPE;
+    param.datatype = ucp_dt_make_iov();
+    payload = out->pieces.data();
+    count = out->pieces.size();
+  }
+  const ucs_status_ptr_t request = ucp_am_send_nbx(peer.endpoint, /*id=*/0, &out->header,
+                                                   kFrameHeaderBytes, payload, count, &param);
   if (!UCS_PTR_IS_PTR(request)) Finish(out, UCS_PTR_STATUS(request));
 }
 

@@ -138,11 +138,15 @@ class MicroBatch {
   uint16_t number_;
   std::unique_ptr<model::Activations> a_;
   std::unique_ptr<gpu::Buffer> partial_memory_, evicted_memory_, reply_memory_;
-  std::unique_ptr<gpu::Buffer> q_host_, codes_host_;
+  // Sent from where they lie: a frame that is still under way holds them.
+  struct Queries {
+    std::unique_ptr<gpu::Buffer> q, codes;
+  };
+  const std::shared_ptr<Queries> queries_ = std::make_shared<Queries>();
   std::unique_ptr<gpu::Buffer> means_memory_;
   std::unique_ptr<gpu::Buffer> evicted_host_;  // K, V and codes of the rows in leaving_
   gpu::Partials partials_;
-  gpu::Tensor codes_;  // in codes_host_
+  gpu::Tensor codes_;  // in queries_->codes
   gpu::Tensor evicted_k_, evicted_v_, evicted_means_;
   int64_t evicted_codes_ = 0;  // of a token
   std::unique_ptr<gpu::Event> event_, evicted_event_;

@@ -96,7 +96,8 @@ size_t HostLink::ReplyFloats(const std::vector<QueryFrame>& plan) const {
 
 void HostLink::SendQuery(uint16_t micro_batch, int32_t layer, uint64_t step,
                          const std::vector<QueryFrame>& plan, bool all_exact, const float* q,
-                         const uint16_t* codes, ReplyBox* box) {
+                         const uint16_t* codes, const std::shared_ptr<const void>& memory,
+                         ReplyBox* box) {
   const auto first = static_cast<uint32_t>(slice_.first_kv_head);
   const auto heads = static_cast<size_t>(slice_.kv_heads);
   box->step = step;
@@ -113,7 +114,7 @@ void HostLink::SendQuery(uint16_t micro_batch, int32_t layer, uint64_t step,
   const size_t head_q = size_t{shape_.group} * shape_.head_dim;
   const size_t head_codes = size_t{shape_.group} * shape_.l;
   std::vector<cluster::QueryEntry> exact;
-  std::vector<cluster::QuerySpace> spaces;
+  std::vector<cluster::QuerySource> sources;
   for (const QueryFrame& frame : plan) {
     std::span<const cluster::QueryEntry> entries = frame.entries;
     if (all_exact) {
@@ -121,14 +122,13 @@ void HostLink::SendQuery(uint16_t micro_batch, int32_t layer, uint64_t step,
       for (cluster::QueryEntry& e : exact) e.exact = 1;
       entries = exact;
     }
-    auto payload = cluster::BuildQuery(shape_, entries, &spaces, payloads_.Take());
-    for (size_t i = 0; i < spaces.size(); ++i) {
-      const size_t at = entries[i].row * heads + (entries[i].first_kv_head - first);
-      std::copy_n(q + at * head_q, spaces[i].q.size(), spaces[i].q.begin());
-      if (!spaces[i].codes.empty()) {
-        std::copy_n(codes + at * head_codes, spaces[i].codes.size(), spaces[i].codes.begin());
-      }
+    sources.clear();
+    for (const cluster::QueryEntry& e : entries) {
+      const size_t at = e.row * heads + (e.first_kv_head - first);
+      sources.push_back({q + at * head_q, codes == nullptr ? nullptr : codes + at * head_codes});
     }
+    cluster::Pieces pieces;
+    auto payload = cluster::BuildQuery(shape_, entries, sources, &pieces, payloads_.Take());
     transport::FrameHeader h;
     h.type = transport::FrameType::kQuery;
     h.layer = static_cast<uint16_t>(layer);
@@ -138,7 +138,8 @@ void HostLink::SendQuery(uint16_t micro_batch, int32_t layer, uint64_t step,
     h.count = static_cast<uint32_t>(entries.size());
     const uint64_t ticket = Ticket(step, layer, micro_batch, frame.part);
     health_.Asked(host_ranks_[frame.host], ticket, Clock::now());
-    channel_.Send(host_ranks_[frame.host], payloads_.Frame(h, std::move(payload)));
+    channel_.Send(host_ranks_[frame.host],
+                  payloads_.Frame(h, std::move(payload), std::move(pieces), memory));
   }
 }
 

@@ -59,10 +59,11 @@ class HostLink {
   size_t ReplyFloats(const std::vector<QueryFrame>& plan) const;
   // Asks every host of `plan`; the answers collect in `box`, which must stay where it is, as its
   // memory and the plan, until complete. all_exact: whatever the rows say. q: [rows,
-  // heads·head_dim], codes: [rows, heads·l] (null where all_exact), indexed by row.
+  // heads·head_dim], codes: [rows, heads·l] (null where all_exact), indexed by row: sent from where
+  // they lie, so they stay as they are until complete; `memory` is held until they are sent.
   void SendQuery(uint16_t micro_batch, int32_t layer, uint64_t step,
                  const std::vector<QueryFrame>& plan, bool all_exact, const float* q,
-                 const uint16_t* codes, ReplyBox* box);
+                 const uint16_t* codes, const std::shared_ptr<const void>& memory, ReplyBox* box);
   // Tokens [first_token, first_token + count) of one request and layer, all KV heads of this rank.
   // k, v: [count, kv_heads·head_dim]; codes: [count, kv_heads·l] or null.
   void SendKv(const HostedRequest& hosted, int32_t layer, uint64_t first_token, uint64_t count,
@@ -92,7 +93,7 @@ class HostLink {
   cluster::WireShape shape_;
   std::vector<RankId> host_ranks_;
   cluster::HealthTracker health_;
-  transport::PayloadPool payloads_;  // of queries
+  transport::PayloadPool payloads_;  // of queries' entries
   std::vector<ReplyBox*> boxes_;     // by micro-batch
   std::string lost_;
   uint64_t dropped_ = 0;

@@ -228,9 +228,9 @@ bool HostRank::Start(const std::shared_ptr<Query>& query) {
   }
   ++in_flight_;
   const host::Status status = attention_.Attend(
-      std::move(batch), [this, query](const std::vector<host::PartialItem>& items) {
+      std::move(batch), [this, query](std::vector<host::PartialItem> items) {
         try {
-          Reply(*query, items);
+          Reply(*query, std::move(items));
         } catch (const std::exception& e) {  // too large for a frame, or no memory for it
           Drop(query->header, e.what());
         }
@@ -247,22 +247,19 @@ bool HostRank::Start(const std::shared_ptr<Query>& query) {
 }
 
 // Runs on a thread of the attention pool, or on this rank's where it helps.
-void HostRank::Reply(const Query& query, const std::vector<host::PartialItem>& items) {
+void HostRank::Reply(const Query& query, std::vector<host::PartialItem> items) {
   std::vector<cluster::PartialEntry> entries;
   entries.reserve(items.size());
+  std::vector<const float*> values;
+  values.reserve(items.size());
   for (const host::PartialItem& item : items) {
     cluster::PartialEntry& entry = entries.emplace_back(query.asked[item.item]);
     entry.segment = item.segment;
     for (const uint64_t s : item.sampled) entry.sampled_tokens += s;
+    values.push_back(item.values.data());
   }
-  std::vector<cluster::PartialSpace> spaces;
-  spaces.reserve(items.size());
-  auto payload = cluster::BuildPartial(shape_, entries, &spaces, payloads_.Take());
-  for (size_t i = 0; i < items.size(); ++i) {
-    std::copy(items[i].max.begin(), items[i].max.end(), spaces[i].max.begin());
-    std::copy(items[i].den.begin(), items[i].den.end(), spaces[i].den.begin());
-    std::copy(items[i].num.begin(), items[i].num.end(), spaces[i].num.begin());
-  }
+  cluster::Pieces pieces;
+  auto payload = cluster::BuildPartial(shape_, entries, values, &pieces, payloads_.Take());
   transport::FrameHeader h;
   h.type = transport::FrameType::kPartial;
   h.layer = query.header.layer;
@@ -270,7 +267,9 @@ void HostRank::Reply(const Query& query, const std::vector<host::PartialItem>& i
   h.step = query.header.step;
   h.part = query.header.part;
   h.count = static_cast<uint32_t>(entries.size());
-  channel_.Post(RankId(query.header.source), payloads_.Frame(h, std::move(payload)));
+  channel_.Post(RankId(query.header.source), payloads_.Frame(h, std::move(payload), std::move(pieces),
+                                 std::make_shared<const std::vector<host::PartialItem>>(
+                                     std::move(items))));
 }
 
 void HostRank::OnControl(const transport::FrameHeader& header, std::span<const std::byte> payload) {

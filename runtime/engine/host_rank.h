@@ -59,7 +59,7 @@ class HostRank {
   bool Ready(const Query& query) const;
   // False where the query must wait for its tokens.
   bool Start(const std::shared_ptr<Query>& query);
-  void Reply(const Query& query, const std::vector<host::PartialItem>& items);
+  void Reply(const Query& query, std::vector<host::PartialItem> items);
   void RetryWaiting();
   void SendControl(RankId to, const cluster::proto::Control& message);
 

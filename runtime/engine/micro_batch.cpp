@@ -42,7 +42,7 @@ MicroBatch::MicroBatch(Workspace& workspace, uint16_t number, int64_t max_rows)
   partials_.num = Matrix<float>(partial_memory_, gpu::DType::kF32, max_rows, heads * shape.head_dim,
                                 2 * scalars);
   if (!w_.link) return;
-  q_host_ =
+  queries_->q =
       w_.device.AllocateStaging(n * static_cast<size_t>(heads * shape.head_dim) * sizeof(float));
   evicted_memory_ = w_.device.Allocate(2 * n * static_cast<size_t>(cols) * sizeof(bf16));
   evicted_k_ = Matrix<bf16>(evicted_memory_, gpu::DType::kBf16, max_rows, cols);
@@ -55,8 +55,8 @@ MicroBatch::MicroBatch(Workspace& workspace, uint16_t number, int64_t max_rows)
   if (l == 0) return;
   means_memory_ = w_.device.Allocate(n * static_cast<size_t>(cols) * sizeof(float));
   evicted_means_ = Matrix<float>(means_memory_, gpu::DType::kF32, max_rows, cols);
-  codes_host_ = w_.device.AllocateStaging(n * static_cast<size_t>(heads * l) * sizeof(uint16_t));
-  codes_ = Matrix<uint16_t>(codes_host_, gpu::DType::kU16, max_rows, heads * l);
+  queries_->codes = w_.device.AllocateStaging(n * static_cast<size_t>(heads * l) * sizeof(uint16_t));
+  codes_ = Matrix<uint16_t>(queries_->codes, gpu::DType::kU16, max_rows, heads * l);
   evicted_codes_ = shape.kv_heads * l;
 }
 
@@ -125,7 +125,7 @@ void MicroBatch::BeginLayer() {
   const bool hosted = w_.kinds[layer] != Job::LayerKind::kResident;
   if (hosted) {
     const gpu::Tensor q = a_->q.Rows(0, n);
-    w_.device.Convert(q, Matrix<float>(q_host_, gpu::DType::kF32, n, q.cols));
+    w_.device.Convert(q, Matrix<float>(queries_->q, gpu::DType::kF32, n, q.cols));
     if (Sampled() && w_.job.lsh()) {
       w_.device.HashCodes(q, {}, codes_.Rows(0, n));
     }
@@ -148,8 +148,8 @@ void MicroBatch::BeginLayer() {
 void MicroBatch::HandOver() {
   // Dense layers are attended exactly.
   w_.link->SendQuery(
-      number_, layer_, step_, plan_, !Sampled(), static_cast<const float*>(q_host_->data()),
-      codes_host_ ? static_cast<const uint16_t*>(codes_host_->data()) : nullptr, &box_);
+      number_, layer_, step_, plan_, !Sampled(), static_cast<const float*>(queries_->q->data()),
+      codes_.data == nullptr ? nullptr : static_cast<const uint16_t*>(codes_.data), queries_, &box_);
   state_ = State::kHosts;
 }
 

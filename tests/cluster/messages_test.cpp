@@ -13,6 +13,7 @@
 
 #include "runtime/base/error.h"
 #include "runtime/base/random.h"
+#include "tests/cluster/joined.h"
 
 namespace passel::cluster {
 namespace {
@@ -79,19 +80,36 @@ std::vector<KvEntry> KvEntries() {
 }
 std::vector<KeyMeanEntry> KeyMeanEntries() { return {{11, 0, 0}, {12, 2, 0}}; }
 
+// Of vectors that begin apart, as they lie on a device.
 std::vector<std::byte> QueryPayload() {
-  std::vector<QuerySpace> spaces;
-  auto out = BuildQuery(kShape, QueryEntries(), &spaces);
+  const auto entries = QueryEntries();
+  std::vector<std::vector<float>> q;
+  std::vector<std::vector<uint16_t>> codes;
+  std::vector<QuerySource> sources;
   uint32_t n = 1;
-  for (auto& s : spaces) Fill(s.q, &n), Fill(s.codes, &n);
-  return out;
+  for (const QueryEntry& e : entries) {
+    const size_t heads = size_t{e.kv_heads} * kShape.group;
+    Fill(std::span(q.emplace_back(heads * kShape.head_dim)), &n);
+    codes.emplace_back(e.exact ? 0 : heads * kShape.l);
+    Fill(std::span(codes.back()), &n);
+    sources.push_back({q.back().data(), e.exact ? nullptr : codes.back().data()});
+  }
+  Pieces pieces;
+  auto out = BuildQuery(kShape, entries, sources, &pieces);
+  return Joined(std::move(out), pieces);
 }
 std::vector<std::byte> PartialPayload() {
-  std::vector<PartialSpace> spaces;
-  auto out = BuildPartial(kShape, PartialEntries(), &spaces);
+  const auto entries = PartialEntries();
+  std::vector<std::vector<float>> values;
+  std::vector<const float*> sources;
   uint32_t n = 1;
-  for (auto& s : spaces) Fill(s.max, &n), Fill(s.den, &n), Fill(s.num, &n);
-  return out;
+  for (size_t i = 0; i < entries.size(); ++i) {
+    Fill(std::span(values.emplace_back(kShape.group * (kShape.head_dim + 2))), &n);
+    sources.push_back(values.back().data());
+  }
+  Pieces pieces;
+  auto out = BuildPartial(kShape, entries, sources, &pieces);
+  return Joined(std::move(out), pieces);
 }
 std::vector<std::byte> KvPayload() {
   std::vector<KvSpace> spaces;
@@ -181,7 +199,9 @@ TEST(Messages, KeyMeanRoundTrip) {
 }
 
 TEST(Messages, NoEntriesIsAnEmptyPayload) {
-  EXPECT_TRUE(BuildQuery(kShape, {}, nullptr).empty());
+  Pieces pieces;
+  EXPECT_TRUE(BuildQuery(kShape, {}, {}, &pieces).empty());
+  EXPECT_TRUE(pieces.empty());
   EXPECT_TRUE(ParseQuery(kShape, 0, {}, nullptr));
   EXPECT_FALSE(ParseQuery(kShape, 1, {}, nullptr));
 }
@@ -240,10 +260,10 @@ TEST(Messages, KeyMeanFieldsOutOfRange) {
 }
 
 TEST(Messages, CodesWithBitsAboveKAreRefused) {
-  std::vector<QuerySpace> spaces;
-  auto query = BuildQuery(kShape, QueryEntries(), &spaces);
-  EXPECT_TRUE(ParseQuery(kShape, 3, query, nullptr));
-  spaces[2].codes.back() = kCode + 1;
+  auto query = QueryPayload();
+  const auto views = ParseQuery(kShape, 3, query, nullptr);
+  ASSERT_TRUE(views);
+  const_cast<uint16_t&>((*views)[2].codes.back()) = kCode + 1;
   std::string why;
   EXPECT_FALSE(ParseQuery(kShape, 3, query, &why));
   EXPECT_EQ(why, "entry 2: code out of range");
@@ -324,9 +344,15 @@ TEST(Messages, PayloadsAboveTheLimitAreRefused) {
 
 TEST(Messages, BuildingWhatWouldBeRefusedIsABug) {
   const QueryEntry query{1, 4097, 0, 1, 0, 0};
-  EXPECT_THROW(BuildQuery(kShape, std::span(&query, 1), nullptr), Error);
+  Pieces pieces;
+  const std::vector<float> values(64);
+  const QuerySource source{values.data(), nullptr};
+  EXPECT_THROW(BuildQuery(kShape, {&query, 1}, {&source, 1}, &pieces), Error);
   const PartialEntry partial{1, 0, 0, 3, 0, 0};
-  EXPECT_THROW(BuildPartial(kShape, std::span(&partial, 1), nullptr), Error);
+  const float* const of_partial = values.data();
+  EXPECT_THROW(BuildPartial(kShape, {&partial, 1}, {&of_partial, 1}, &pieces), Error);
+  const QueryEntry valid{1, 100, 0, 1, 1, 0};
+  EXPECT_THROW(BuildQuery(kShape, {&valid, 1}, {}, &pieces), Error);
   const std::vector<KeyMeanEntry> many(101, KeyMeanEntry{1, 0, 0});
   EXPECT_THROW(BuildKeyMean(kShape, many, nullptr), Error);
 }

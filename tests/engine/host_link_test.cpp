@@ -11,6 +11,7 @@
 
 #include "runtime/base/partial.h"
 #include "runtime/base/random.h"
+#include "tests/cluster/joined.h"
 #include "tests/engine/host_threads.h"
 #include "tests/host_attention/reference.h"
 
@@ -122,7 +123,7 @@ class Model {
     plan_ = link_->Plan(asking);
     values_.resize(link_->ReplyFloats(plan_));
     box->values = values_;
-    link_->SendQuery(0, layer, step, plan_, false, q.data(), codes.data(), box);
+    link_->SendQuery(0, layer, step, plan_, false, q.data(), codes.data(), nullptr, box);
   }
 
   // Merges the partials of `box` and compares every query head with float64.
@@ -273,7 +274,14 @@ TEST(HostLink, ForgedPartialsAreDropped) {
 
   const cluster::WireShape shape = model.job().wire_shape();
   const cluster::PartialEntry entry{1, 0, 0, 0, -1, 0};
-  const auto valid = cluster::BuildPartial(shape, {&entry, 1}, nullptr);
+  const std::vector<float> zeros(shape.group * (shape.head_dim + 2));
+  const auto build = [&](std::span<const cluster::PartialEntry> entries) {
+    const std::vector<const float*> sources(entries.size(), zeros.data());
+    cluster::Pieces pieces;
+    auto out = cluster::BuildPartial(shape, entries, sources, &pieces);
+    return cluster::Joined(std::move(out), pieces);
+  };
+  const auto valid = build({&entry, 1});
   Random random(6);
   uint64_t sent = 0;
   const auto inject = [&](auto&& change) {
@@ -303,7 +311,7 @@ TEST(HostLink, ForgedPartialsAreDropped) {
   const auto forge = [&](std::vector<cluster::PartialEntry> entries) {
     inject([&](FrameHeader& h, Payload& p) {
       h.count = static_cast<uint32_t>(entries.size());
-      p = cluster::BuildPartial(shape, entries, nullptr);
+      p = build(entries);
     });
   };
   forge({{1, 0, 0, 0, -1, 0}, {1, 0, 0, 1, -1, 0}, {1, 0, 0, 1, -1, 0}});

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "runtime/base/random.h"
+#include "tests/cluster/joined.h"
 #include "tests/engine/host_threads.h"
 #include "tests/host_attention/reference.h"
 
@@ -129,11 +130,11 @@ class HostRankTest : public testing::Test {
   }
   Frame QueryFrame(uint64_t request, uint64_t step) const {
     const cluster::QueryEntry entry{request, tokens_, 0, 1, 0, 0};
-    std::vector<cluster::QuerySpace> spaces;
+    const cluster::QuerySource source{data_.q.data(), codes_.queries.data()};
+    cluster::Pieces pieces;
     Frame f;
-    f.payload = cluster::BuildQuery(shape_, {&entry, 1}, &spaces);
-    std::copy_n(data_.q.begin(), spaces[0].q.size(), spaces[0].q.begin());
-    std::copy_n(codes_.queries.begin(), spaces[0].codes.size(), spaces[0].codes.begin());
+    auto entries = cluster::BuildQuery(shape_, {&entry, 1}, {&source, 1}, &pieces);
+    f.payload = cluster::Joined(std::move(entries), pieces);
     f.header.type = FrameType::kQuery;
     f.header.count = 1;
     f.header.step = step;

@@ -89,7 +89,7 @@ TEST(Estimator, LshIsUnbiasedOver200Projections) {
     reference::OpenOne(host, plan);
     reference::AppendAll(host, data, &codes, l, plan);
     const auto got = reference::Wait(host, One(reference::ItemOf(data, &codes, n)));
-    unbiased.Add(got[0].max[0], got[0].den[0], got[0].num.data());
+    unbiased.Add(got[0].max()[0], got[0].den()[0], got[0].num().data());
     sampled += double(got[0].sampled[0]) / double(n * 200);
   }
   unbiased.Expect();
@@ -112,7 +112,7 @@ TEST(Estimator, GeneratedTokensStayUnbiased) {
     const auto got = reference::Wait(host, One(reference::ItemOf(data, &codes, n)));
     ASSERT_EQ(got.size(), 2u);
     ASSERT_EQ(got[1].segment, 1);
-    unbiased.Add(got[1].max[0], got[1].den[0], got[1].num.data());
+    unbiased.Add(got[1].max()[0], got[1].den()[0], got[1].num().data());
     sampled += double(got[1].sampled[0]) / (3000.0 * 200);
     ASSERT_LE(host.usage().kv_bytes + host.usage().table_bytes, host.usage().reserved_bytes);
   }
@@ -136,9 +136,9 @@ TEST(Estimator, OracleSamplingIsUnbiased) {
     const auto got = reference::Wait(host, One(item));
     // den is exact up to rounding, so its interval has no width: it is checked apart.
     const double want = reference::Attend(data, 0, reference::Range(0, n), 0, 0).den;
-    EXPECT_NEAR(got[0].den[0] / want, 1.0, 1e-4);
+    EXPECT_NEAR(got[0].den()[0] / want, 1.0, 1e-4);
     EXPECT_LE(got[0].sampled[0], 16u);
-    unbiased.AddNum(got[0].max[0], got[0].num.data());
+    unbiased.AddNum(got[0].max()[0], got[0].num().data());
   }
   unbiased.ExpectNum();
 }
@@ -170,10 +170,10 @@ TEST(Estimator, ParallelKeysHaveWeightOne) {
     EXPECT_TRUE(std::find(want.begin(), want.end(), i) != want.end());
   }
   const auto exact = reference::Attend(data, 0, want, k, l);
-  EXPECT_LT(reference::OutputError(exact, got[0].num.data(), got[0].den[0]), 1e-4);
-  EXPECT_LT(reference::LseError(exact, got[0].max[0], got[0].den[0]), 1e-4);
+  EXPECT_LT(reference::OutputError(exact, got[0].num().data(), got[0].den()[0]), 1e-4);
+  EXPECT_LT(reference::LseError(exact, got[0].max()[0], got[0].den()[0]), 1e-4);
   // Their scores, |q|²/√d, dominate: den is close to their number.
-  EXPECT_NEAR(got[0].den[0], double(parallel.size()), 1e-2);
+  EXPECT_NEAR(got[0].den()[0], double(parallel.size()), 1e-2);
 }
 
 }  // namespace

@@ -33,23 +33,22 @@ PartialItem Merged(const std::vector<PartialItem>& parts, uint32_t group, uint32
   PartialItem sum = {0,
                      -1,
                      std::vector<uint64_t>(group),
-                     std::vector<float>(group, kEmptyMax),
-                     std::vector<float>(group),
-                     std::vector<float>(size_t{group} * d),
+                     std::vector<float>(size_t{group} * (d + 2)),
                      {}};
+  std::fill_n(sum.values.begin(), group, kEmptyMax);
   for (const PartialItem& p : parts) {
     for (uint32_t h = 0; h < group; ++h) {
       sum.sampled[h] += p.sampled[h];
-      MergePartial({&sum.max[h], &sum.den[h], &sum.num[size_t{h} * d]}, p.max[h], p.den[h],
-                   &p.num[size_t{h} * d], d);
+      MergePartial({&sum.values[h], &sum.values[group + h], &sum.values[2 * group + size_t{h} * d]},
+                   p.max()[h], p.den()[h], &p.num()[size_t{h} * d], d);
     }
   }
   return sum;
 }
 
 void ExpectNear(const reference::Exact& want, const PartialItem& got, uint32_t h, double bound) {
-  EXPECT_LT(reference::OutputError(want, &got.num[h * want.num.size()], got.den[h]), bound);
-  EXPECT_LT(reference::LseError(want, got.max[h], got.den[h]), bound);
+  EXPECT_LT(reference::OutputError(want, &got.num()[h * want.num.size()], got.den()[h]), bound);
+  EXPECT_LT(reference::LseError(want, got.max()[h], got.den()[h]), bound);
 }
 
 TEST(PlanSegments, CoversEveryTokenInEqualPromptSegments) {
@@ -176,9 +175,7 @@ TEST(HostAttention, ShardingAndThreadsLeavePartialsBitIdentical) {
   for (size_t r = 1; r < results.size(); ++r) {
     for (size_t s = 0; s < plan.size(); ++s) {
       EXPECT_EQ(results[r][s].sampled, results[0][s].sampled);
-      EXPECT_EQ(results[r][s].max, results[0][s].max);
-      EXPECT_EQ(results[r][s].den, results[0][s].den);
-      EXPECT_EQ(results[r][s].num, results[0][s].num);
+      EXPECT_EQ(results[r][s].values, results[0][s].values);
     }
   }
   // And the same as one merged partial, to float tolerance.
@@ -192,10 +189,10 @@ TEST(HostAttention, ShardingAndThreadsLeavePartialsBitIdentical) {
   for (uint32_t h = 0; h < data.group; ++h) {
     EXPECT_EQ(one[0].sampled[h], sum.sampled[h]);
     EXPECT_TRUE(sum.sampled[h] > 0 && sum.sampled[h] < 3900 / 2) << sum.sampled[h];
-    EXPECT_NEAR(one[0].max[h] + std::log(one[0].den[h]), sum.max[h] + std::log(sum.den[h]), 1e-5);
+    EXPECT_NEAR(one[0].max()[h] + std::log(one[0].den()[h]), sum.max()[h] + std::log(sum.den()[h]), 1e-5);
     for (uint32_t j = 0; j < data.d; ++j) {
       const size_t at = size_t{h} * data.d + j;
-      EXPECT_NEAR(one[0].num[at] / one[0].den[h], sum.num[at] / sum.den[h], 1e-5);
+      EXPECT_NEAR(one[0].num()[at] / one[0].den()[h], sum.num()[at] / sum.den()[h], 1e-5);
     }
   }
 }
@@ -221,9 +218,7 @@ TEST(HostAttention, EarlierTokenCountsGiveWhatTheyGaveThen) {
   for (const auto& [tokens, before] : then) {
     const PartialItem now = Wait(host, One(ItemOf(data, &codes, tokens)))[0];
     EXPECT_EQ(now.sampled, before.sampled);
-    EXPECT_EQ(now.max, before.max);
-    EXPECT_EQ(now.den, before.den);
-    EXPECT_EQ(now.num, before.num);
+    EXPECT_EQ(now.values, before.values);
     if (tokens < 1000) continue;
     EXPECT_TRUE(now.sampled[0] > 0 && now.sampled[0] < tokens / 2) << now.sampled[0];
   }
@@ -239,9 +234,9 @@ TEST(HostAttention, EmptyPartialsMergeWithoutNan) {
     const auto got = Wait(host, One(ItemOf(data, nullptr, 0)));
     ASSERT_EQ(got.size(), deterministic ? 0u : 1u);
     const PartialItem sum = Merged(got, 2, 32);
-    EXPECT_EQ(sum.max[0], kEmptyMax);
-    EXPECT_EQ(sum.den[0], 0.0f);
-    for (const float x : sum.num) EXPECT_EQ(x, 0.0f);
+    EXPECT_EQ(sum.max()[0], kEmptyMax);
+    EXPECT_EQ(sum.den()[0], 0.0f);
+    for (const float x : sum.num()) EXPECT_EQ(x, 0.0f);
   }
   // An LSH query that samples nothing: every code differs.
   HostAttention host(MakeOptions(data, Estimator::kLsh, 6, 30));
@@ -253,8 +248,8 @@ TEST(HostAttention, EmptyPartialsMergeWithoutNan) {
   AppendAll(host, data, &codes, 30, plan);
   const auto got = Wait(host, One(ItemOf(data, &codes, 100)));
   EXPECT_EQ(got[0].sampled[0], 0u);
-  EXPECT_EQ(got[0].max[0], kEmptyMax);
-  EXPECT_EQ(got[0].den[0], 0.0f);
+  EXPECT_EQ(got[0].max()[0], kEmptyMax);
+  EXPECT_EQ(got[0].den()[0], 0.0f);
 }
 
 TEST(HostAttention, TopKTakesTheLargestScores) {

@@ -63,9 +63,7 @@ TEST_F(Share, GivesWhatTheOwnerGetsAndKeepsItsMean) {
   const auto got = Ask(2, 1900);
   ASSERT_EQ(got.size(), 2u);
   EXPECT_EQ(got[0].sampled, want.sampled);
-  EXPECT_EQ(got[0].max, want.max);
-  EXPECT_EQ(got[0].den, want.den);
-  EXPECT_EQ(got[0].num, want.num);
+  EXPECT_EQ(got[0].values, want.values);
   Data own = data_;
   own.mean = own_mean_;
   for (uint32_t h = 0; h < data_.group; ++h) {
@@ -73,8 +71,8 @@ TEST_F(Share, GivesWhatTheOwnerGetsAndKeepsItsMean) {
     ASSERT_FALSE(ids.empty());
     const auto exact = reference::Attend(own, h, ids, kK, kL);
     EXPECT_EQ(got[1].sampled[h], ids.size());
-    EXPECT_LT(reference::OutputError(exact, &got[1].num[h * data_.d], got[1].den[h]), 1e-4);
-    EXPECT_LT(reference::LseError(exact, got[1].max[h], got[1].den[h]), 1e-4);
+    EXPECT_LT(reference::OutputError(exact, &got[1].num()[h * data_.d], got[1].den()[h]), 1e-4);
+    EXPECT_LT(reference::LseError(exact, got[1].max()[h], got[1].den()[h]), 1e-4);
   }
 }
 
@@ -92,13 +90,13 @@ TEST_F(Share, MemoryCountsOnceAndGoesWithTheLastRequest) {
   EXPECT_EQ(host_->usage().reserved_bytes, shared + tail);
   EXPECT_EQ(host_->usage().kv_bytes, (1500 + 400) * row);
   const auto after = Ask(2, 1900);
-  EXPECT_EQ(after[0].num, before[0].num);
-  EXPECT_EQ(after[1].num, before[1].num);
+  EXPECT_EQ(after[0].values, before[0].values);
+  EXPECT_EQ(after[1].values, before[1].values);
   // The heir shares in turn.
   ASSERT_EQ(host_->Share({RequestId(3), RequestId(2), {0}, {{0, 0}, {0, 1}}}), Status::kOk);
   EXPECT_EQ(host_->usage().reserved_bytes, shared + tail);
   host_->Release(RequestId(2));
-  EXPECT_EQ(Ask(3, 1900)[1].num, before[1].num);
+  EXPECT_EQ(Ask(3, 1900)[1].values, before[1].values);
   host_->Release(RequestId(3));
   EXPECT_EQ(host_->usage().reserved_bytes, 0u);
   EXPECT_EQ(host_->usage().kv_bytes, 0u);

@@ -14,12 +14,16 @@ TEST(PayloadPool, GivesMemoryOfSentFramesAgain) {
   EXPECT_TRUE(pool.Take().empty());
   std::vector<std::byte> payload(5000, std::byte{7});
   const std::byte* memory = payload.data();
-  OutgoingFrame frame = PayloadPool(pool).Frame({}, std::move(payload));
+  const auto owner = std::make_shared<const std::vector<std::byte>>(100);
+  OutgoingFrame frame = PayloadPool(pool).Frame({}, std::move(payload), {*owner, *owner}, owner);
+  EXPECT_EQ(frame.payload_bytes(), 5200u);
+  EXPECT_EQ(owner.use_count(), 2);
   EXPECT_EQ(frame.payload.data(), memory);
   EXPECT_EQ(frame.payload.size(), 5000u);
   EXPECT_TRUE(pool.Take().empty());  // it is under way
   frame.done();
   frame = {};
+  EXPECT_EQ(owner.use_count(), 1);
   const std::vector<std::byte> again = pool.Take();
   EXPECT_EQ(again.data(), memory);
   EXPECT_EQ(again, std::vector<std::byte>(5000, std::byte{7}));

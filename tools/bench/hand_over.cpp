@@ -197,7 +197,7 @@ class Model {
     const auto n = static_cast<int64_t>(a_.batch);
     const int64_t cols = shape.heads * shape.head_dim, code_cols = shape.heads * 150;
     const auto q_memory = device_.Allocate(static_cast<size_t>(n * cols) * sizeof(float));
-    const auto q_host = device_.AllocateStaging(q_memory->bytes());
+    const std::shared_ptr<gpu::Buffer> q_host = device_.AllocateStaging(q_memory->bytes());
     const auto codes_host =
         device_.AllocateStaging(static_cast<size_t>(n * code_cols) * sizeof(uint16_t));
     const auto scratch = device_.Allocate(codes_host->bytes());
@@ -238,7 +238,7 @@ class Model {
       first_.push_back(Now());
       link_.SendQuery(0, static_cast<int32_t>(step % a_.layers), step, plan, false,
                       static_cast<const float*>(q_host->data()),
-                      static_cast<const uint16_t*>(codes_host->data()), &box);
+                      static_cast<const uint16_t*>(codes_host->data()), q_host, &box);
       sent_.push_back(Now());
       while (!box.complete()) link_.Pump(milliseconds(50));
       for (const uint64_t end = Now() + a_.pause_us * uint64_t{1000}; Now() < end;) {

@@ -176,9 +176,9 @@ double Write(const AttendArgs& args, const Layer& x,
   for (const host::PartialItem& p : partials) {
     for (uint64_t h = 0; h < x.group; ++h) {
       for (uint64_t j = 0; j < x.d; ++j) {
-        out.push_back(p.den[h] > 0 ? p.num[h * x.d + j] / p.den[h] : 0.0f);
+        out.push_back(p.den()[h] > 0 ? p.num()[h * x.d + j] / p.den()[h] : 0.0f);
       }
-      lse.push_back(p.max[h] + std::log(p.den[h]));
+      lse.push_back(p.max()[h] + std::log(p.den()[h]));
       ids.insert(ids.end(), p.ids[h].begin(), p.ids[h].end());
       offsets.push_back(static_cast<int64_t>(ids.size()));
       sampled += static_cast<double>(p.sampled[h]) / static_cast<double>(x.n * x.heads);
