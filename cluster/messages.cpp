@@ -34,7 +34,7 @@ std::optional<Parts> AsParts(std::optional<uint64_t> a, std::optional<uint64_t> 
 }
 
 std::optional<Parts> PartsOf(const WireShape& s, const QueryEntry& e) {
-  return AsParts(Product(e.kv_heads, s.group, s.head_dim, sizeof(float)),
+  return AsParts(Product(e.kv_heads, s.group, s.head_dim, sizeof(bf16)),
                  e.exact ? 0 : Product(e.kv_heads, s.group, s.l, sizeof(uint16_t)), 0);
 }
 std::optional<Parts> PartsOf(const WireShape& s, const PartialEntry&) {
@@ -206,7 +206,7 @@ std::optional<std::vector<QueryView>> ParseQuery(const WireShape& shape, uint32_
   std::vector<QueryView> views;
   views.reserve(std::min<size_t>(count, payload.size() / sizeof(QueryEntry)));
   const auto visit = [&](const QueryEntry& e, const Parts& p, uint64_t at) {
-    const auto q = Take<float>(payload.data(), at, p[0]);
+    const auto q = Take<bf16>(payload.data(), at, p[0]);
     const auto codes = Take<uint16_t>(payload.data(), at, p[1]);
     views.push_back({&e, q, codes});
     return CodesInRange(codes, shape.k);

@@ -29,8 +29,8 @@ struct WireShape {
   uint32_t k = 16;  // bits of a code; codes with higher bits set are refused
 };
 
-// kQuery. Data of an entry: q: [kv_heads·group, head_dim] f32, then, unless exact, codes:
-// [kv_heads·group, l] u16, padded to 16 bytes.
+// kQuery. Data of an entry: q: [kv_heads·group, head_dim] bf16, as K and V are, then, unless exact,
+// codes: [kv_heads·group, l] u16, padded to 16 bytes.
 struct QueryEntry {
   uint64_t request;
   uint64_t offloaded_tokens;
@@ -79,7 +79,7 @@ inline constexpr uint64_t kMaxControlBytes = 1u << 20;
 
 struct QueryView {
   const QueryEntry* entry;
-  std::span<const float> q;
+  std::span<const bf16> q;
   std::span<const uint16_t> codes;  // empty where exact
 };
 struct PartialView {
@@ -116,7 +116,7 @@ std::optional<std::vector<KeyMeanView>> ParseKeyMean(const WireShape& shape, uin
 // used again, a former payload or none.
 using Pieces = std::vector<std::span<const std::byte>>;
 struct QuerySource {
-  const float* q;
+  const bf16* q;
   const uint16_t* codes;  // not read where exact
 };
 std::vector<std::byte> BuildQuery(const WireShape& shape, std::span<const QueryEntry> entries,

@@ -13,8 +13,8 @@
 
 namespace passel::transport {
 
-// A frame on its way out. The memory of its payload stays valid until `done` runs (once, on the owner
-// thread, also when the send was cancelled because the peer is gone).
+// A frame on its way out. The memory of its payload stays valid until `done` runs (once, on the
+// owner thread, also when the send was cancelled because the peer is gone).
 struct OutgoingFrame {
   // The channel fills magic, version, nonce, epoch, source, sequence and payload_bytes.
   FrameHeader header;

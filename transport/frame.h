@@ -9,7 +9,7 @@
 namespace passel::transport {
 
 inline constexpr uint32_t kFrameMagic = 0x4c535350;  // "PSSL"
-inline constexpr uint16_t kProtocolVersion = 1;
+inline constexpr uint16_t kProtocolVersion = 2;
 
 // What the payload is; `cluster/messages.h` defines the payloads.
 enum class FrameType : uint16_t {

@@ -95,7 +95,7 @@ size_t HostLink::ReplyFloats(const std::vector<QueryFrame>& plan) const {
 }
 
 void HostLink::SendQuery(uint16_t micro_batch, int32_t layer, uint64_t step,
-                         const std::vector<QueryFrame>& plan, bool all_exact, const float* q,
+                         const std::vector<QueryFrame>& plan, bool all_exact, const bf16* q,
                          const uint16_t* codes, const std::shared_ptr<const void>& memory,
                          ReplyBox* box) {
   const auto first = static_cast<uint32_t>(slice_.first_kv_head);

@@ -62,7 +62,7 @@ class HostLink {
   // heads·head_dim], codes: [rows, heads·l] (null where all_exact), indexed by row: sent from where
   // they lie, so they stay as they are until complete; `memory` is held until they are sent.
   void SendQuery(uint16_t micro_batch, int32_t layer, uint64_t step,
-                 const std::vector<QueryFrame>& plan, bool all_exact, const float* q,
+                 const std::vector<QueryFrame>& plan, bool all_exact, const bf16* q,
                  const uint16_t* codes, const std::shared_ptr<const void>& memory, ReplyBox* box);
   // Tokens [first_token, first_token + count) of one request and layer, all KV heads of this rank.
   // k, v: [count, kv_heads·head_dim]; codes: [count, kv_heads·l] or null.

@@ -165,19 +165,40 @@ void HostRank::OnKeyMean(const transport::FrameHeader& header, std::span<const s
   RetryWaiting();
 }
 
+std::shared_ptr<HostRank::Query> HostRank::Queries::Take() {
+  std::unique_ptr<Query> query;
+  {
+    const std::lock_guard lock(mutex_);
+    if (!free_.empty()) {
+      query = std::move(free_.back());
+      free_.pop_back();
+    }
+  }
+  if (query == nullptr) query = std::make_unique<Query>();
+  return {query.release(), [queries = shared_from_this()](Query* used) {
+            std::unique_ptr<Query> owner(used);
+            const std::lock_guard lock(queries->mutex_);
+            if (queries->free_.size() < kMost && used->bytes() <= kLargest) {
+              queries->free_.push_back(std::move(owner));
+            }
+          }};
+}
+
 void HostRank::OnQuery(const transport::FrameHeader& header, std::span<const std::byte> payload) {
-  // Its memory goes back with it, from whichever thread.
-  const std::shared_ptr<Query> query(new Query, [pool = payloads_](Query* q) mutable {
-    pool.Give(std::move(q->payload));
-    delete q;
-  });
+  const std::shared_ptr<Query> query = queries_->Take();
   query->header = header;
-  query->payload = payloads_.Take();
   query->payload.assign(payload.begin(), payload.end());
   std::string why;
   auto views = cluster::ParseQuery(shape_, header.count, query->payload, &why);
   if (!views) return Drop(header, why);
   query->views = std::move(*views);
+  size_t values = 0;
+  for (const cluster::QueryView& v : query->views) values += v.q.size();
+  query->q.resize(values);
+  auto at = query->q.begin();
+  for (const cluster::QueryView& v : query->views) {
+    at = std::transform(v.q.begin(), v.q.end(), at, ToFloat);
+  }
   if (Start(query)) return;
   if (waiting_bytes_ + query->bytes() > kMaxWaitingBytes) {
     return Drop(header, "too many queries wait for tokens");
@@ -214,21 +235,22 @@ bool HostRank::Start(const std::shared_ptr<Query>& query) {
   host::AttendBatch batch;
   batch.layer = query->header.layer;
   const size_t head_floats = size_t{shape_.group} * shape_.head_dim;
+  const float* q = query->q.data();
   query->asked.clear();
   for (const cluster::QueryView& v : query->views) {
     for (uint32_t h = 0; h < v.entry->kv_heads; ++h) {
       const uint32_t kv_head = v.entry->first_kv_head + h;
       batch.items.push_back(
-          {RequestId(v.entry->request), kv_head, v.entry->offloaded_tokens, v.entry->exact != 0,
-           v.q.data() + h * head_floats,
+          {RequestId(v.entry->request), kv_head, v.entry->offloaded_tokens, v.entry->exact != 0, q,
            v.codes.empty() ? nullptr : v.codes.data() + size_t{h} * shape_.group * shape_.l});
       query->asked.push_back({v.entry->request, 0, v.entry->row, kv_head, -1,
                               static_cast<uint32_t>(host::Status::kOk)});
+      q += head_floats;
     }
   }
   ++in_flight_;
-  const host::Status status = attention_.Attend(
-      std::move(batch), [this, query](std::vector<host::PartialItem> items) {
+  const host::Status status =
+      attention_.Attend(std::move(batch), [this, query](std::vector<host::PartialItem> items) {
         try {
           Reply(*query, std::move(items));
         } catch (const std::exception& e) {  // too large for a frame, or no memory for it
@@ -267,9 +289,10 @@ void HostRank::Reply(const Query& query, std::vector<host::PartialItem> items) {
   h.step = query.header.step;
   h.part = query.header.part;
   h.count = static_cast<uint32_t>(entries.size());
-  channel_.Post(RankId(query.header.source), payloads_.Frame(h, std::move(payload), std::move(pieces),
-                                 std::make_shared<const std::vector<host::PartialItem>>(
-                                     std::move(items))));
+  channel_.Post(
+      RankId(query.header.source),
+      payloads_.Frame(h, std::move(payload), std::move(pieces),
+                      std::make_shared<const std::vector<host::PartialItem>>(std::move(items))));
 }
 
 void HostRank::OnControl(const transport::FrameHeader& header, std::span<const std::byte> payload) {

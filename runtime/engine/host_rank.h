@@ -6,6 +6,7 @@
 #include <deque>
 #include <list>
 #include <memory>
+#include <mutex>
 #include <span>
 #include <string>
 #include <unordered_map>
@@ -34,10 +35,28 @@ class HostRank {
     transport::FrameHeader header;
     std::vector<std::byte> payload;
     std::vector<cluster::QueryView> views;     // into payload
+    std::vector<float> q;                      // of all views, one behind the other
     std::vector<cluster::PartialEntry> asked;  // the answers' entries, by item of the batch
 
     // Memory that was used before may be larger than what is in it.
-    uint64_t bytes() const { return sizeof(Query) + payload.capacity(); }
+    uint64_t bytes() const {
+      return sizeof(Query) + payload.capacity() + q.capacity() * sizeof(float);
+    }
+  };
+
+  // Queries that are answered, for their memory: a layer's come as the layer's before did, and
+  // memory that the system has just given costs more than what is written to it. They come back
+  // from whichever thread.
+  class Queries : public std::enable_shared_from_this<Queries> {
+   public:
+    std::shared_ptr<Query> Take();
+
+   private:
+    // What is kept: 32 MiB.
+    static constexpr size_t kMost = 16;
+    static constexpr uint64_t kLargest = uint64_t{2} << 20;
+    std::mutex mutex_;
+    std::vector<std::unique_ptr<Query>> free_;
   };
 
   // K and V that came before those of the tokens in front of them: a small frame may overtake a
@@ -66,7 +85,8 @@ class HostRank {
   const Job& job_;
   transport::Channel& channel_;
   cluster::WireShape shape_;
-  transport::PayloadPool payloads_;  // of queries while they are answered, and of replies
+  transport::PayloadPool payloads_;  // of replies
+  const std::shared_ptr<Queries> queries_ = std::make_shared<Queries>();
   host::HostAttention attention_;
   std::deque<std::shared_ptr<Query>> waiting_;
   uint64_t waiting_bytes_ = 0;

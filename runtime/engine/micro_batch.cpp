@@ -43,7 +43,7 @@ MicroBatch::MicroBatch(Workspace& workspace, uint16_t number, int64_t max_rows)
                                 2 * scalars);
   if (!w_.link) return;
   queries_->q =
-      w_.device.AllocateStaging(n * static_cast<size_t>(heads * shape.head_dim) * sizeof(float));
+      w_.device.AllocateStaging(n * static_cast<size_t>(heads * shape.head_dim) * sizeof(bf16));
   evicted_memory_ = w_.device.Allocate(2 * n * static_cast<size_t>(cols) * sizeof(bf16));
   evicted_k_ = Matrix<bf16>(evicted_memory_, gpu::DType::kBf16, max_rows, cols);
   evicted_v_ = Matrix<bf16>(evicted_memory_, gpu::DType::kBf16, max_rows, cols,
@@ -55,7 +55,8 @@ MicroBatch::MicroBatch(Workspace& workspace, uint16_t number, int64_t max_rows)
   if (l == 0) return;
   means_memory_ = w_.device.Allocate(n * static_cast<size_t>(cols) * sizeof(float));
   evicted_means_ = Matrix<float>(means_memory_, gpu::DType::kF32, max_rows, cols);
-  queries_->codes = w_.device.AllocateStaging(n * static_cast<size_t>(heads * l) * sizeof(uint16_t));
+  queries_->codes =
+      w_.device.AllocateStaging(n * static_cast<size_t>(heads * l) * sizeof(uint16_t));
   codes_ = Matrix<uint16_t>(queries_->codes, gpu::DType::kU16, max_rows, heads * l);
   evicted_codes_ = shape.kv_heads * l;
 }
@@ -125,7 +126,7 @@ void MicroBatch::BeginLayer() {
   const bool hosted = w_.kinds[layer] != Job::LayerKind::kResident;
   if (hosted) {
     const gpu::Tensor q = a_->q.Rows(0, n);
-    w_.device.Convert(q, Matrix<float>(queries_->q, gpu::DType::kF32, n, q.cols));
+    w_.device.Convert(q, Matrix<bf16>(queries_->q, gpu::DType::kBf16, n, q.cols));
     if (Sampled() && w_.job.lsh()) {
       w_.device.HashCodes(q, {}, codes_.Rows(0, n));
     }
@@ -147,9 +148,10 @@ void MicroBatch::BeginLayer() {
 
 void MicroBatch::HandOver() {
   // Dense layers are attended exactly.
-  w_.link->SendQuery(
-      number_, layer_, step_, plan_, !Sampled(), static_cast<const float*>(queries_->q->data()),
-      codes_.data == nullptr ? nullptr : static_cast<const uint16_t*>(codes_.data), queries_, &box_);
+  w_.link->SendQuery(number_, layer_, step_, plan_, !Sampled(),
+                     static_cast<const bf16*>(queries_->q->data()),
+                     codes_.data == nullptr ? nullptr : static_cast<const uint16_t*>(codes_.data),
+                     queries_, &box_);
   state_ = State::kHosts;
 }
 

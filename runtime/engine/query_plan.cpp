@@ -11,7 +11,7 @@ constexpr uint64_t kPadding = 16;  // data of an entry is padded to 16 bytes: cl
 
 // Upper bounds of what one KV head of one row adds to a query, and one partial to a reply.
 uint64_t QueryBytes(const cluster::WireShape& s) {
-  const uint64_t head = uint64_t{s.head_dim} * sizeof(float) + uint64_t{s.l} * sizeof(uint16_t);
+  const uint64_t head = uint64_t{s.head_dim} * sizeof(bf16) + uint64_t{s.l} * sizeof(uint16_t);
   return sizeof(cluster::QueryEntry) + s.group * head + kPadding;
 }
 uint64_t PartialBytes(const cluster::WireShape& s) {

@@ -83,7 +83,7 @@ std::vector<KeyMeanEntry> KeyMeanEntries() { return {{11, 0, 0}, {12, 2, 0}}; }
 // Of vectors that begin apart, as they lie on a device.
 std::vector<std::byte> QueryPayload() {
   const auto entries = QueryEntries();
-  std::vector<std::vector<float>> q;
+  std::vector<std::vector<bf16>> q;
   std::vector<std::vector<uint16_t>> codes;
   std::vector<QuerySource> sources;
   uint32_t n = 1;
@@ -144,7 +144,7 @@ TEST(Messages, QueryRoundTrip) {
     ExpectFilled(v.codes, &n);
   }
   // 3 entries; 9, 6 and 3 query heads; the codes padded to 16 bytes, none where exact.
-  EXPECT_EQ(payload.size(), 3u * 32 + (9 + 6 + 3) * 64 + 96 + 0 + 32);
+  EXPECT_EQ(payload.size(), 3u * 32 + (9 + 6 + 3) * 32 + 96 + 0 + 32);
 }
 
 TEST(Messages, PartialRoundTrip) {
@@ -346,7 +346,8 @@ TEST(Messages, BuildingWhatWouldBeRefusedIsABug) {
   const QueryEntry query{1, 4097, 0, 1, 0, 0};
   Pieces pieces;
   const std::vector<float> values(64);
-  const QuerySource source{values.data(), nullptr};
+  const std::vector<bf16> q(64);
+  const QuerySource source{q.data(), nullptr};
   EXPECT_THROW(BuildQuery(kShape, {&query, 1}, {&source, 1}, &pieces), Error);
   const PartialEntry partial{1, 0, 0, 3, 0, 0};
   const float* const of_partial = values.data();

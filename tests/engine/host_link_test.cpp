@@ -68,9 +68,9 @@ class Model {
     const uint64_t all = job().Offloaded(prompt + generated);
     const config::Attention& a = job().config.attention();
     for (int32_t i = 0; i < spec_.layers * spec_.kv_heads; ++i) {
-      data_.push_back(reference::MakeData(id * 1000 + static_cast<uint64_t>(i), all,
-                                          static_cast<uint32_t>(spec_.head_dim),
-                                          static_cast<uint32_t>(spec_.group)));
+      data_.push_back(reference::WithBf16Queries(reference::MakeData(
+          id * 1000 + static_cast<uint64_t>(i), all, static_cast<uint32_t>(spec_.head_dim),
+          static_cast<uint32_t>(spec_.group))));
       if (job().lsh()) codes_.push_back(reference::Hash(data_.back(), a.seed(), a.k(), a.l()));
     }
     return hosted;
@@ -108,13 +108,13 @@ class Model {
   void Ask(const HostedRequest& hosted, int32_t layer, uint64_t step, uint64_t tokens,
            ReplyBox* box, uint32_t rows = 1) {
     const size_t l = job().wire_shape().l;
-    std::vector<float> q;
+    std::vector<bf16> q;
     std::vector<uint16_t> codes;
     std::vector<QueryRow> asking;
     for (uint32_t row = 0; row < rows; ++row) {
       asking.push_back({&hosted, tokens, !job().lsh(), row});
       for (size_t h = 0; h < static_cast<size_t>(spec_.kv_heads); ++h) {
-        q.insert(q.end(), Data(layer, h).q.begin(), Data(layer, h).q.end());
+        std::ranges::transform(Data(layer, h).q, std::back_inserter(q), ToBf16);
         if (l == 0) continue;
         const auto& queries = codes_[Index(layer, h)].queries;
         codes.insert(codes.end(), queries.begin(), queries.end());

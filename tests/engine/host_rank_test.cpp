@@ -37,7 +37,8 @@ class HostRankTest : public testing::Test {
                {}),
         shape_(hosts_.job().wire_shape()),
         tokens_(hosts_.job().Offloaded(kPrompt)),
-        data_(host::reference::MakeData(1, tokens_, shape_.head_dim, shape_.group)),
+        data_(host::reference::WithBf16Queries(
+            host::reference::MakeData(1, tokens_, shape_.head_dim, shape_.group))),
         codes_(host::reference::Hash(data_, hosts_.job().config.attention().seed(), shape_.k,
                                      shape_.l)) {
     spdlog::set_level(spdlog::level::off);  // thousands of warnings, all meant
@@ -130,7 +131,9 @@ class HostRankTest : public testing::Test {
   }
   Frame QueryFrame(uint64_t request, uint64_t step) const {
     const cluster::QueryEntry entry{request, tokens_, 0, 1, 0, 0};
-    const cluster::QuerySource source{data_.q.data(), codes_.queries.data()};
+    std::vector<bf16> q;
+    std::ranges::transform(data_.q, std::back_inserter(q), ToBf16);
+    const cluster::QuerySource source{q.data(), codes_.queries.data()};
     cluster::Pieces pieces;
     Frame f;
     auto entries = cluster::BuildQuery(shape_, {&entry, 1}, {&source, 1}, &pieces);

@@ -30,11 +30,8 @@ AttendBatch One(const QueryItem& item, bool collect_ids = false) {
 }
 
 PartialItem Merged(const std::vector<PartialItem>& parts, uint32_t group, uint32_t d) {
-  PartialItem sum = {0,
-                     -1,
-                     std::vector<uint64_t>(group),
-                     std::vector<float>(size_t{group} * (d + 2)),
-                     {}};
+  PartialItem sum = {
+      0, -1, std::vector<uint64_t>(group), std::vector<float>(size_t{group} * (d + 2)), {}};
   std::fill_n(sum.values.begin(), group, kEmptyMax);
   for (const PartialItem& p : parts) {
     for (uint32_t h = 0; h < group; ++h) {
@@ -189,7 +186,8 @@ TEST(HostAttention, ShardingAndThreadsLeavePartialsBitIdentical) {
   for (uint32_t h = 0; h < data.group; ++h) {
     EXPECT_EQ(one[0].sampled[h], sum.sampled[h]);
     EXPECT_TRUE(sum.sampled[h] > 0 && sum.sampled[h] < 3900 / 2) << sum.sampled[h];
-    EXPECT_NEAR(one[0].max()[h] + std::log(one[0].den()[h]), sum.max()[h] + std::log(sum.den()[h]), 1e-5);
+    EXPECT_NEAR(one[0].max()[h] + std::log(one[0].den()[h]), sum.max()[h] + std::log(sum.den()[h]),
+                1e-5);
     for (uint32_t j = 0; j < data.d; ++j) {
       const size_t at = size_t{h} * data.d + j;
       EXPECT_NEAR(one[0].num()[at] / one[0].den()[h], sum.num()[at] / sum.den()[h], 1e-5);

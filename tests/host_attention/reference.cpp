@@ -164,6 +164,11 @@ Options MakeOptions(const Data& data, Estimator estimator, uint32_t k, uint32_t 
   return options;
 }
 
+Data WithBf16Queries(Data data) {
+  for (float& x : data.q) x = ToFloat(ToBf16(x));
+  return data;
+}
+
 std::vector<PartialItem> Wait(HostAttention& host, AttendBatch batch) {
   std::mutex mutex;
   std::condition_variable arrived;

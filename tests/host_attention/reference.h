@@ -54,6 +54,9 @@ double LseError(const Exact& exact, float max, float den);
 // For `data`'s shape: 1 GiB, 2 threads.
 Options MakeOptions(const Data& data, Estimator estimator, uint32_t k, uint32_t l);
 
+// Its queries as they travel to a host rank: in bf16.
+Data WithBf16Queries(Data data);
+
 // A HostAttention call, waited for.
 std::vector<PartialItem> Wait(HostAttention& host, AttendBatch batch);
 

@@ -86,7 +86,7 @@ TEST(Frame, SealedButWrongFieldsAreRefusedByName) {
     std::string_view reason;
   } cases[] = {
       {[](FrameHeader& h) { h.magic = 1; }, "wrong magic"},
-      {[](FrameHeader& h) { h.version = 2; }, "wrong protocol version"},
+      {[](FrameHeader& h) { h.version = 1; }, "wrong protocol version"},
       {[](FrameHeader& h) { h.type = FrameType{0}; }, "unknown frame type"},
       {[](FrameHeader& h) { h.type = FrameType{7}; }, "unknown frame type"},
       {[](FrameHeader& h) {

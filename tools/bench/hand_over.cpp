@@ -197,12 +197,12 @@ class Model {
     const auto n = static_cast<int64_t>(a_.batch);
     const int64_t cols = shape.heads * shape.head_dim, code_cols = shape.heads * 150;
     const auto q_memory = device_.Allocate(static_cast<size_t>(n * cols) * sizeof(float));
-    const std::shared_ptr<gpu::Buffer> q_host = device_.AllocateStaging(q_memory->bytes());
+    const std::shared_ptr<gpu::Buffer> q_host = device_.AllocateStaging(q_memory->bytes() / 2);
     const auto codes_host =
         device_.AllocateStaging(static_cast<size_t>(n * code_cols) * sizeof(uint16_t));
     const auto scratch = device_.Allocate(codes_host->bytes());
     const Tensor q{q_memory->data(), DType::kF32, n, cols, cols};
-    const Tensor q_out{q_host->data(), DType::kF32, n, cols, cols};
+    const Tensor q_out{q_host->data(), DType::kBf16, n, cols, cols};
     const Tensor codes{codes_host->data(), DType::kU16, n, code_cols, code_cols};
     const Tensor before{scratch->data(), DType::kU16, n, code_cols, code_cols};
     std::vector<float> values(static_cast<size_t>(n * cols));
@@ -237,7 +237,7 @@ class Model {
       while (!done->Done()) link_.Pump(milliseconds(0));
       first_.push_back(Now());
       link_.SendQuery(0, static_cast<int32_t>(step % a_.layers), step, plan, false,
-                      static_cast<const float*>(q_host->data()),
+                      static_cast<const bf16*>(q_host->data()),
                       static_cast<const uint16_t*>(codes_host->data()), q_host, &box);
       sent_.push_back(Now());
       while (!box.complete()) link_.Pump(milliseconds(50));
