@@ -39,7 +39,7 @@ std::optional<Parts> PartsOf(const WireShape& s, const QueryEntry& e) {
 }
 std::optional<Parts> PartsOf(const WireShape& s, const PartialEntry&) {
   const auto scalar = Product(s.group, sizeof(float));
-  return AsParts(scalar, scalar, Product(s.group, s.head_dim, sizeof(float)));
+  return AsParts(scalar, scalar, Product(s.group, s.head_dim, sizeof(bf16)));
 }
 std::optional<Parts> PartsOf(const WireShape& s, const KvEntry& e) {
   return AsParts(Product(e.count, 2, s.head_dim, sizeof(bf16)),
@@ -223,7 +223,7 @@ std::optional<std::vector<PartialView>> ParsePartial(const WireShape& shape, uin
   const auto visit = [&](const PartialEntry& e, const Parts& p, uint64_t at) {
     const auto max = Take<float>(payload.data(), at, p[0]);
     const auto den = Take<float>(payload.data(), at, p[1]);
-    views.push_back({&e, max, den, Take<float>(payload.data(), at, p[2])});
+    views.push_back({&e, max, den, Take<bf16>(payload.data(), at, p[2])});
     return true;
   };
   if (!Walk<PartialEntry>(shape, count, payload, why, visit)) return std::nullopt;
@@ -267,7 +267,7 @@ std::vector<std::byte> BuildQuery(const WireShape& shape, std::span<const QueryE
 }
 
 std::vector<std::byte> BuildPartial(const WireShape& shape, std::span<const PartialEntry> entries,
-                                    std::span<const float* const> sources, Pieces* pieces,
+                                    std::span<const void* const> sources, Pieces* pieces,
                                     std::vector<std::byte> used) {
   Check(sources.size() == entries.size(), "partials with other sources than entries");
   return BuildPieces(shape, entries, pieces, std::move(used),

@@ -41,7 +41,7 @@ struct QueryEntry {
 };
 static_assert(sizeof(QueryEntry) == 32);
 
-// kPartial. Data of an entry: max: [group] f32, den: [group] f32, num: [group, head_dim] f32,
+// kPartial. Data of an entry: max: [group] f32, den: [group] f32, num: [group, head_dim] bf16,
 // padded to 16 bytes.
 struct PartialEntry {
   uint64_t request;
@@ -84,7 +84,8 @@ struct QueryView {
 };
 struct PartialView {
   const PartialEntry* entry;
-  std::span<const float> max, den, num;
+  std::span<const float> max, den;
+  std::span<const bf16> num;
 };
 struct KvView {
   const KvEntry* entry;
@@ -122,9 +123,9 @@ struct QuerySource {
 std::vector<std::byte> BuildQuery(const WireShape& shape, std::span<const QueryEntry> entries,
                                   std::span<const QuerySource> sources, Pieces* pieces,
                                   std::vector<std::byte> used = {});
-// sources: max, den and num of an entry, one behind the other.
+// sources: max, den and num of an entry, one behind the other as they travel.
 std::vector<std::byte> BuildPartial(const WireShape& shape, std::span<const PartialEntry> entries,
-                                    std::span<const float* const> sources, Pieces* pieces,
+                                    std::span<const void* const> sources, Pieces* pieces,
                                     std::vector<std::byte> used = {});
 
 // Payloads with their entries written and their data spaces ready to be filled through the

@@ -210,7 +210,8 @@ class Device {
   // into ← into ∪ from, row i of `from` into row rows[i] and heads first_heads[i] … of `into`, in
   // ascending order of i (which fixes the bits).
   // from: host or device-readable staging memory laid out as in cluster/messages.h is unpacked by
-  // the caller into Partials whose rows cover `from.max.cols` heads.
+  // the caller into Partials whose rows cover `from.max.cols` heads; num f32 or bf16, head_dim and
+  // its stride even.
   virtual void MergePartials(Partials into, Partials from, std::span<const int32_t> rows,
                              std::span<const int32_t> first_heads) = 0;
   // out = num / den; out: [n, heads·head_dim] activation_type. den = 0 gives 0.

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <cstring>
 #include <iterator>
 #include <numeric>
 #include <utility>
@@ -22,6 +23,15 @@ uint64_t Nanoseconds() {
 // Tokens of one unit of exact attention: a long segment's units are long, as each begins with rows
 // that nobody prefetched; a short one's are many enough for all threads.
 uint32_t ExactTile(uint32_t tokens) { return tokens > 16384 ? 4096 : 1024; }
+
+// The values from `first` on become bf16, two in a float's place.
+void RoundNum(std::vector<float>& values, size_t first) {
+  const size_t count = values.size() - first;
+  auto* rounded = reinterpret_cast<bf16*>(Scratch::Local().work(count / 2));
+  std::transform(values.begin() + static_cast<ptrdiff_t>(first), values.end(), rounded, ToBf16);
+  values.resize(first + count / 2);
+  std::memcpy(&values[first], rounded, count * sizeof(bf16));
+}
 
 }  // namespace
 
@@ -253,6 +263,8 @@ void Batch::MergeItem(uint32_t item) {
     }
     for (; at < result.last && units_[at].view == v; ++at) Merge(at, result.partials.back());
   }
+  if (!batch_.bf16_num) return;
+  for (PartialItem& p : result.partials) RoundNum(p.values, 2 * size_t{options_.group});
 }
 
 std::vector<PartialItem> Batch::Finish() {

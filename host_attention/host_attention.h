@@ -122,13 +122,15 @@ struct PartialItem {
   // [group], [group] and [group, head_dim].
   auto max() const { return std::span(values).first(sampled.size()); }
   auto den() const { return std::span(values).subspan(sampled.size(), sampled.size()); }
-  auto num() const { return std::span(values).subspan(2 * sampled.size()); }
+  auto num() const { return std::span(values).subspan(2 * sampled.size()); }  // not where bf16_num
 };
 
 struct AttendBatch {
   uint32_t layer = 0;
   std::vector<QueryItem> items;
   bool collect_ids = false;
+  // num comes rounded to bf16, two to a float of PartialItem::values.
+  bool bf16_num = false;
   // Thread time spent finding tokens and attending to them is added here, where set; to be read
   // once the batch is done.
   struct Times {

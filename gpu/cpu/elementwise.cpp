@@ -136,8 +136,9 @@ void CpuDevice::ColumnMean(Tensor x, Tensor mean) {
 
 namespace {
 
-int64_t CheckPartials(const Partials& p, const char* what) {
-  Check(p.max.type == DType::kF32 && p.den.type == DType::kF32 && p.num.type == DType::kF32 &&
+int64_t CheckPartials(const Partials& p, const char* what, bool may_be_bf16 = false) {
+  Check(p.max.type == DType::kF32 && p.den.type == DType::kF32 &&
+            (p.num.type == DType::kF32 || (may_be_bf16 && p.num.type == DType::kBf16)) &&
             p.den.rows == p.max.rows && p.num.rows == p.max.rows && p.den.cols == p.max.cols &&
             p.max.cols > 0 && p.num.cols % p.max.cols == 0,
         what);
@@ -158,7 +159,7 @@ void CpuDevice::ClearPartials(Partials partials) {
 void CpuDevice::MergePartials(Partials into, Partials from, std::span<const int32_t> rows,
                               std::span<const int32_t> first_heads) {
   const int64_t head_dim = CheckPartials(into, "MergePartials: shapes of `into` disagree");
-  Check(CheckPartials(from, "MergePartials: shapes of `from` disagree") == head_dim,
+  Check(CheckPartials(from, "MergePartials: shapes of `from` disagree", true) == head_dim,
         "MergePartials: head_dim differs");
   Check(static_cast<int64_t>(rows.size()) == from.max.rows && first_heads.size() == rows.size(),
         "MergePartials: one row and head index per partial");
@@ -167,12 +168,14 @@ void CpuDevice::MergePartials(Partials into, Partials from, std::span<const int3
     const int64_t first = first_heads[static_cast<size_t>(i)];
     Check(row >= 0 && row < into.max.rows && first >= 0 && first <= into.max.cols - from.max.cols,
           "MergePartials: row or head out of range");
+    float* buffer = row_scratch_.local().Get<float>(from.num.cols);
+    const float* num = RowAsF32(from.num, i, from.num.cols, buffer);
     for (int64_t h = 0; h < from.max.cols; ++h) {
       const PartialRef target{RowPtr<float>(into.max, row) + first + h,
                               RowPtr<float>(into.den, row) + first + h,
                               RowPtr<float>(into.num, row) + (first + h) * head_dim};
       MergePartial(target, RowPtr<float>(from.max, i)[h], RowPtr<float>(from.den, i)[h],
-                   RowPtr<float>(from.num, i) + h * head_dim, static_cast<size_t>(head_dim));
+                   num + h * head_dim, static_cast<size_t>(head_dim));
     }
   }
 }

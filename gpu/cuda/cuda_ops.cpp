@@ -17,8 +17,9 @@ bool IsAligned(const Tensor& t) {
   return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && t.stride % 8 == 0;
 }
 
-int64_t CheckPartials(const Partials& p, const char* what) {
-  Check(p.max.type == DType::kF32 && p.den.type == DType::kF32 && p.num.type == DType::kF32 &&
+int64_t CheckPartials(const Partials& p, const char* what, bool may_be_bf16 = false) {
+  Check(p.max.type == DType::kF32 && p.den.type == DType::kF32 &&
+            (p.num.type == DType::kF32 || (may_be_bf16 && p.num.type == DType::kBf16)) &&
             p.den.rows == p.max.rows && p.num.rows == p.max.rows && p.den.cols == p.max.cols &&
             p.max.cols > 0 && p.num.cols % p.max.cols == 0,
         what);
@@ -251,9 +252,10 @@ void CudaDevice::ClearPartials(Partials partials) {
 void CudaDevice::MergePartials(Partials into, Partials from, std::span<const int32_t> rows,
                                std::span<const int32_t> first_heads) {
   const int64_t head_dim = CheckPartials(into, "MergePartials: shapes of `into` disagree");
-  Check(CheckPartials(from, "MergePartials: shapes of `from` disagree") == head_dim,
+  Check(CheckPartials(from, "MergePartials: shapes of `from` disagree", true) == head_dim,
         "MergePartials: head_dim differs");
-  Check(head_dim <= kMaxHeadDim, "MergePartials: head_dim");
+  Check(head_dim <= kMaxHeadDim && head_dim % 2 == 0 && from.num.stride % 2 == 0,
+        "MergePartials: head_dim");
   const auto n = static_cast<int64_t>(rows.size());
   Check(n == from.max.rows && first_heads.size() == rows.size() && into.max.rows < 65536,
         "MergePartials: one row and head index per partial");

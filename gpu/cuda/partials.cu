@@ -8,8 +8,16 @@ namespace {
 
 constexpr int kHeadsEach = 4;  // of a block: a warp each
 
+// Elements at and at + 1.
+template <typename T>
+__device__ inline float2 LoadPair(const T* at) {
+  if constexpr (sizeof(T) == sizeof(float)) return {at[0], at[1]};
+  return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(at));
+}
+
 // One warp a (head, row) of `into`: walks the row's entries in order. What it reads may be host
-// memory, far away: max, den and num of an entry are asked for together.
+// memory, far away: max, den and num of an entry are asked for together. T: of from.num.
+template <typename T>
 __global__ void __launch_bounds__(32 * kHeadsEach)
     MergeKernel(Partials into, Partials from, const MergeEntry* entries, const int32_t* row_begin) {
   LetNextKernelStart();
@@ -25,19 +33,24 @@ __global__ void __launch_bounds__(32 * kHeadsEach)
   float max = F32Row(into.max, row)[head];
   float den = F32Row(into.den, row)[head];
   __syncwarp();             // lane 0 writes below what all have read here
-  constexpr int kEach = 8;  // elements of a lane: head_dim ≤ 256
-  float own[kEach];
+  constexpr int kEach = 4;  // pairs of a lane: head_dim ≤ 256
+  float2 own[kEach];
 #pragma unroll
-  for (int i = 0; i < kEach; ++i) own[i] = lane + 32 * i < dim ? num[lane + 32 * i] : 0.0f;
+  for (int i = 0; i < kEach; ++i) {
+    const int at = 2 * lane + 64 * i;
+    own[i] = at < dim ? LoadPair(num + at) : float2{};
+  }
   for (int32_t e = begin; e < end; ++e) {
     const MergeEntry entry = entries[e];
     const int64_t h = head - entry.first_head;
     if (h < 0 || h >= from.max.cols) continue;
-    const float* from_num = F32Row(from.num, entry.from_row) + h * dim;
-    float other[kEach];
+    const T* from_num =
+        static_cast<const T*>(from.num.data) + entry.from_row * from.num.stride + h * dim;
+    float2 other[kEach];
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
-      other[i] = lane + 32 * i < dim ? from_num[lane + 32 * i] : 0.0f;
+      const int at = 2 * lane + 64 * i;
+      other[i] = at < dim ? LoadPair(from_num + at) : float2{};
     }
     const float from_max = F32Row(from.max, entry.from_row)[h];
     const float from_den = F32Row(from.den, entry.from_row)[h];
@@ -48,11 +61,15 @@ __global__ void __launch_bounds__(32 * kHeadsEach)
     den = weight * den + from_weight * from_den;
     max = new_max;
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) own[i] = weight * own[i] + from_weight * other[i];
+    for (int i = 0; i < kEach; ++i) {
+      own[i].x = weight * own[i].x + from_weight * other[i].x;
+      own[i].y = weight * own[i].y + from_weight * other[i].y;
+    }
   }
 #pragma unroll
   for (int i = 0; i < kEach; ++i) {
-    if (lane + 32 * i < dim) num[lane + 32 * i] = own[i];
+    const int at = 2 * lane + 64 * i;
+    if (at < dim) num[at] = own[i].x, num[at + 1] = own[i].y;
   }
   if (lane == 0) {
     F32Row(into.max, row)[head] = max;
@@ -77,8 +94,12 @@ void LaunchMergePartials(cudaStream_t stream, Partials into, Partials from,
   if (from.max.rows == 0 || into.max.rows == 0) return;
   const dim3 grid(static_cast<unsigned>((into.max.cols + kHeadsEach - 1) / kHeadsEach),
                   static_cast<unsigned>(into.max.rows));
-  LaunchBehind(stream, grid, 32 * kHeadsEach, 0, "launch of MergePartials", MergeKernel, into, from,
-               entries, row_begin);
+  const auto launch = [&](auto kernel) {
+    LaunchBehind(stream, grid, 32 * kHeadsEach, 0, "launch of MergePartials", kernel, into, from,
+                 entries, row_begin);
+  };
+  if (from.num.type == DType::kBf16) return launch(MergeKernel<__nv_bfloat16>);
+  launch(MergeKernel<float>);
 }
 
 void LaunchNormalizePartials(cudaStream_t stream, Partials partials, Tensor out) {

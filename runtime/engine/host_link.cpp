@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstring>
 #include <thread>
 
 #include "runtime/base/error.h"
@@ -293,7 +294,8 @@ void HostLink::OnPartial(const transport::FrameHeader& header, std::span<const s
     const size_t at = place * PartialFloats();
     box->partials[place] = {frame->partials[i], v.entry->sampled_tokens, at};
     auto to = box->values.begin() + static_cast<std::ptrdiff_t>(at);
-    for (const auto part : {v.max, v.den, v.num}) to = std::copy(part.begin(), part.end(), to);
+    for (const auto part : {v.max, v.den}) to = std::copy(part.begin(), part.end(), to);
+    std::memcpy(&*to, v.num.data(), v.num.size_bytes());
   }
   health_.Answered(from, Ticket(header.step, header.layer, header.micro_batch, header.part));
   box->answered[number] = true;

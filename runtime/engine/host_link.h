@@ -22,7 +22,8 @@ namespace passel::engine {
 struct ReceivedPartial {
   PartialKey key;
   uint64_t sampled_tokens;
-  size_t at;  // in ReplyBox::values: max [group], den [group], num [group, head_dim]
+  // In ReplyBox::values: max [group], den [group], num [group, head_dim] in bf16, two a float.
+  size_t at;
 };
 
 // The replies that a micro-batch waits for, one a frame of `plan`.
@@ -55,7 +56,9 @@ class HostLink {
   // The frames that ask for `rows`, for SendQuery of every layer of a step.
   std::vector<QueryFrame> Plan(std::span<const QueryRow> rows) const;
   // Floats of one partial, and of all that `plan` asks for.
-  size_t PartialFloats() const { return size_t{shape_.group} * (shape_.head_dim + size_t{2}); }
+  size_t PartialFloats() const {
+    return size_t{shape_.group} * (2 + shape_.head_dim * sizeof(bf16) / sizeof(float));
+  }
   size_t ReplyFloats(const std::vector<QueryFrame>& plan) const;
   // Asks every host of `plan`; the answers collect in `box`, which must stay where it is, as its
   // memory and the plan, until complete. all_exact: whatever the rows say. q: [rows,

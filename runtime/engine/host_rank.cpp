@@ -234,6 +234,7 @@ void HostRank::RetryWaiting() {
 bool HostRank::Start(const std::shared_ptr<Query>& query) {
   host::AttendBatch batch;
   batch.layer = query->header.layer;
+  batch.bf16_num = true;
   const size_t head_floats = size_t{shape_.group} * shape_.head_dim;
   const float* q = query->q.data();
   query->asked.clear();
@@ -272,7 +273,7 @@ bool HostRank::Start(const std::shared_ptr<Query>& query) {
 void HostRank::Reply(const Query& query, std::vector<host::PartialItem> items) {
   std::vector<cluster::PartialEntry> entries;
   entries.reserve(items.size());
-  std::vector<const float*> values;
+  std::vector<const void*> values;
   values.reserve(items.size());
   for (const host::PartialItem& item : items) {
     cluster::PartialEntry& entry = entries.emplace_back(query.asked[item.item]);

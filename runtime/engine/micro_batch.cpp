@@ -239,7 +239,7 @@ void MicroBatch::MergeReplies() {
   gpu::Partials from;
   from.max = {values, gpu::DType::kF32, entries, group, stride};
   from.den = {values + group, gpu::DType::kF32, entries, group, stride};
-  from.num = {values + 2 * group, gpu::DType::kF32, entries, group * d, stride};
+  from.num = {values + 2 * group, gpu::DType::kBf16, entries, group * d, 2 * stride};
   std::vector<int32_t> rows, heads;
   for (const ReceivedPartial& p : got) {
     rows.push_back(static_cast<int32_t>(p.key.row));

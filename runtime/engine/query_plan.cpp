@@ -16,7 +16,7 @@ uint64_t QueryBytes(const cluster::WireShape& s) {
 }
 uint64_t PartialBytes(const cluster::WireShape& s) {
   return sizeof(cluster::PartialEntry) +
-         uint64_t{s.group} * (uint64_t{s.head_dim} + 2) * sizeof(float) + kPadding;
+         s.group * (2 * sizeof(float) + uint64_t{s.head_dim} * sizeof(bf16)) + kPadding;
 }
 uint64_t MostPartials(const cluster::WireShape& s) {
   return std::min<uint64_t>(s.max_entries, cluster::kMaxPayloadBytes / PartialBytes(s));

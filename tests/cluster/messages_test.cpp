@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <array>
 #include <bit>
 #include <cstring>
 #include <limits>
@@ -100,12 +101,17 @@ std::vector<std::byte> QueryPayload() {
 }
 std::vector<std::byte> PartialPayload() {
   const auto entries = PartialEntries();
-  std::vector<std::vector<float>> values;
-  std::vector<const float*> sources;
+  struct Values {
+    std::array<float, 3> max, den;
+    std::array<bf16, 48> num;
+  };
+  std::vector<Values> values(entries.size());
+  std::vector<const void*> sources;
   uint32_t n = 1;
-  for (size_t i = 0; i < entries.size(); ++i) {
-    Fill(std::span(values.emplace_back(kShape.group * (kShape.head_dim + 2))), &n);
-    sources.push_back(values.back().data());
+  for (Values& v : values) {
+    Fill(std::span<float>(v.max), &n), Fill(std::span<float>(v.den), &n);
+    Fill(std::span<bf16>(v.num), &n);
+    sources.push_back(&v);
   }
   Pieces pieces;
   auto out = BuildPartial(kShape, entries, sources, &pieces);
@@ -164,7 +170,7 @@ TEST(Messages, PartialRoundTrip) {
     ExpectFilled(v.den, &n);
     ExpectFilled(v.num, &n);
   }
-  EXPECT_EQ(payload.size(), 2u * 32 + 2 * 224);  // 12 + 12 + 192 bytes, padded
+  EXPECT_EQ(payload.size(), 2u * 32 + 2 * 128);  // 12 + 12 + 96 bytes, padded
 }
 
 TEST(Messages, KvRoundTrip) {
@@ -345,13 +351,12 @@ TEST(Messages, PayloadsAboveTheLimitAreRefused) {
 TEST(Messages, BuildingWhatWouldBeRefusedIsABug) {
   const QueryEntry query{1, 4097, 0, 1, 0, 0};
   Pieces pieces;
-  const std::vector<float> values(64);
   const std::vector<bf16> q(64);
   const QuerySource source{q.data(), nullptr};
   EXPECT_THROW(BuildQuery(kShape, {&query, 1}, {&source, 1}, &pieces), Error);
   const PartialEntry partial{1, 0, 0, 3, 0, 0};
-  const float* const of_partial = values.data();
-  EXPECT_THROW(BuildPartial(kShape, {&partial, 1}, {&of_partial, 1}, &pieces), Error);
+  const void* const values = q.data();
+  EXPECT_THROW(BuildPartial(kShape, {&partial, 1}, {&values, 1}, &pieces), Error);
   const QueryEntry valid{1, 100, 0, 1, 1, 0};
   EXPECT_THROW(BuildQuery(kShape, {&valid, 1}, {}, &pieces), Error);
   const std::vector<KeyMeanEntry> many(101, KeyMeanEntry{1, 0, 0});

@@ -288,11 +288,12 @@ INSTANTIATE_TEST_SUITE_P(Shapes, DecodeAttention,
                          testing::Values(std::tuple(9, 3, 64), std::tuple(2, 2, 16),
                                          std::tuple(8, 1, 128), std::tuple(5, 1, 80)));
 
-// (head_dim, heads, heads of a partial)
-class MergePartials : public testing::TestWithParam<std::tuple<int64_t, int64_t, int64_t>> {};
+// (head_dim, heads, heads of a partial, type of its num)
+class MergePartials : public testing::TestWithParam<std::tuple<int64_t, int64_t, int64_t, DType>> {
+};
 
 TEST_P(MergePartials, EqualsFloat64InOrder) {
-  const auto [dim, heads, of_partial] = GetParam();
+  const auto [dim, heads, of_partial, type] = GetParam();
   const int64_t rows = 3, count = 41;
   Random random(static_cast<uint64_t>(dim));
   const auto device = MakeTestDevice({});
@@ -305,9 +306,12 @@ TEST_P(MergePartials, EqualsFloat64InOrder) {
       num(*device, DType::kF32, rows, heads * dim),
       from_max(*device, DType::kF32, count, of_partial),
       from_den(*device, DType::kF32, count, of_partial, 1),
-      from_num(*device, DType::kF32, count, of_partial * dim, 4);
+      from_num(*device, type, count, of_partial * dim, 4);
   const auto max0 = fill(max, 3), den0 = fill(den, 1), num0 = fill(num, 1);
-  const auto max1 = fill(from_max, 3), den1 = fill(from_den, 1), num1 = fill(from_num, 1);
+  const auto max1 = fill(from_max, 3), den1 = fill(from_den, 1), num1 = [&] {
+    fill(from_num, 1);
+    return from_num.Get();  // as it was rounded
+  }();
   std::vector<int32_t> at, first;
   for (int64_t i = 0; i < count; ++i) {
     at.push_back(i < 20 ? 0 : static_cast<int32_t>(random.Next() % 2) * 2);  // none to row 1
@@ -361,9 +365,12 @@ TEST_P(MergePartials, EqualsFloat64InOrder) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Shapes, MergePartials,
-                         testing::Values(std::tuple(128, 32, 4), std::tuple(80, 9, 3),
-                                         std::tuple(66, 5, 1), std::tuple(256, 3, 3)));
+INSTANTIATE_TEST_SUITE_P(
+    Shapes, MergePartials,
+    testing::Values(std::tuple(128, 32, 4, DType::kF32), std::tuple(80, 9, 3, DType::kF32),
+                    std::tuple(66, 5, 1, DType::kF32), std::tuple(256, 3, 3, DType::kF32),
+                    std::tuple(128, 32, 4, DType::kBf16), std::tuple(80, 9, 3, DType::kBf16),
+                    std::tuple(66, 5, 1, DType::kBf16), std::tuple(256, 3, 3, DType::kBf16)));
 
 }  // namespace
 }  // namespace passel::gpu

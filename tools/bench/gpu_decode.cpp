@@ -276,12 +276,14 @@ void Attention(gpu::Device& device, double bandwidth) {
     views.push_back({std::span(order).subspan(b * 2, 2), 68});
   }
   const int64_t entries = batch * 8;
-  const auto staging = device.AllocateStaging(static_cast<size_t>(entries * 4 * 130) * 4);
+  const auto staging = device.AllocateStaging(static_cast<size_t>(entries * 4 * 66) * 4);
   auto* reply = static_cast<float*>(staging->data());
-  for (int64_t i = 0; i < entries * 4 * 130; ++i) reply[i] = static_cast<float>(random.Uniform());
+  for (int64_t i = 0; i < entries * 8; ++i) reply[i] = static_cast<float>(random.Uniform());
+  auto* num = reinterpret_cast<bf16*>(reply + entries * 8);
+  for (int64_t i = 0; i < entries * 512; ++i) num[i] = ToBf16(static_cast<float>(random.Uniform()));
   const gpu::Partials from{{reply, DType::kF32, entries, 4, 4},
                            {reply + entries * 4, DType::kF32, entries, 4, 4},
-                           {reply + entries * 8, DType::kF32, entries, 512, 512}};
+                           {num, DType::kBf16, entries, 512, 512}};
   std::vector<int32_t> rows, heads;
   for (int64_t i = 0; i < entries; ++i) {
     rows.push_back(static_cast<int32_t>(i / 8));
