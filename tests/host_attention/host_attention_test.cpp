@@ -196,6 +196,33 @@ TEST(HostAttention, ShardingAndThreadsLeavePartialsBitIdentical) {
 }
 
 // A query for fewer tokens than are there sees those alone, whatever has merged since.
+TEST(HostAttention, NumComesInBf16WhereAsked) {
+  const Data data = reference::MakeData(21, 3000, 48, 3);
+  const Codes codes = reference::Hash(data, 1, 6, 30);
+  for (const bool deterministic : {false, true}) {
+    Options options = MakeOptions(data, Estimator::kLsh, 6, 30);
+    options.deterministic = deterministic;
+    HostAttention host(options);
+    const auto plan = PlanSegments(3000, 0, 1024);
+    OpenOne(host, plan);
+    AppendAll(host, data, &codes, 30, plan);
+    AttendBatch batch = One(ItemOf(data, &codes, 3000));
+    const auto whole = Wait(host, batch);
+    batch.bf16_num = true;
+    const auto rounded = Wait(host, batch);
+    ASSERT_EQ(rounded.size(), whole.size());
+    for (size_t i = 0; i < whole.size(); ++i) {
+      ASSERT_EQ(rounded[i].values.size(), 3u * (2 + 48 / 2));
+      EXPECT_TRUE(std::ranges::equal(rounded[i].max(), whole[i].max()));
+      EXPECT_TRUE(std::ranges::equal(rounded[i].den(), whole[i].den()));
+      const auto* num = reinterpret_cast<const bf16*>(&rounded[i].values[6]);
+      for (size_t j = 0; j < 3 * 48; ++j) {
+        ASSERT_EQ(num[j].bits, ToBf16(whole[i].num()[j]).bits) << "partial " << i << ", " << j;
+      }
+    }
+  }
+}
+
 TEST(HostAttention, EarlierTokenCountsGiveWhatTheyGaveThen) {
   const uint32_t k = 6, l = 30;
   const Data data = reference::MakeData(6, 2000, 32, 2);

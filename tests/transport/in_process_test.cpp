@@ -81,6 +81,24 @@ struct Ranks {
   std::vector<std::map<int32_t, std::string>> lost;
 };
 
+TEST(InProcess, PiecesArriveAsOnePayload) {
+  Ranks ranks(2);
+  const auto whole = Payload(1, 100);
+  const std::span<const std::byte> all(whole);
+  OutgoingFrame frame{Header(FrameType::kQuery), all.first(64), {}};
+  frame.pieces = {all.subspan(64, 300), all.subspan(364, 0), all.subspan(364)};
+  EXPECT_EQ(frame.payload_bytes(), whole.size());
+  ranks.channels[0]->Send(RankId(1), frame);
+  ranks.ProgressAll();
+  ASSERT_EQ(ranks.got[1].size(), 1u);
+  EXPECT_EQ(ranks.got[1][0].payload, whole);
+  EXPECT_EQ(ranks.channels[0]->stats().bytes_sent, kFrameHeaderBytes + whole.size());
+  // Judged by all of it.
+  frame.pieces.assign(40, all);
+  frame.header.type = FrameType::kHeartbeat;
+  EXPECT_THROW(ranks.channels[0]->Send(RankId(1), frame), Error);
+}
+
 TEST(InProcess, DeliversAllSizesBetweenAllRanks) {
   Ranks ranks(3);
   for (const size_t words : {0u, 16u, 2048u, 262144u, 4194304u}) {

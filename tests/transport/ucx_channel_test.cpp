@@ -54,11 +54,27 @@ uint64_t SeedOf(int32_t from, int32_t to, uint64_t step) {
   return static_cast<uint64_t>(from) * 1000003 + static_cast<uint64_t>(to) * 1009 + step;
 }
 
+// The same frame, its payload in up to `count` pieces of unequal size behind the first, some empty.
+OutgoingFrame Cut(OutgoingFrame frame, size_t count) {
+  std::span<const std::byte> rest = frame.payload;
+  for (size_t i = 0; i <= count; ++i) {
+    const auto piece =
+        rest.first(i == count ? rest.size() : rest.size() / (2 + i * 7 % 5) * (i % 4 != 3));
+    rest = rest.subspan(piece.size());
+    if (i == 0) {
+      frame.payload = piece;
+    } else {
+      frame.pieces.push_back(piece);
+    }
+  }
+  return frame;
+}
+
 class Ucx : public testing::TestWithParam<Way> {};
 INSTANTIATE_TEST_SUITE_P(Ways, Ucx, testing::Values(kTcp, kMemory),
                          [](const auto& way) { return std::string(way.param.name); });
 
-TEST_P(Ucx, AllSizesBetweenAllRanks) {
+TEST_P(Ucx, AllSizesBetweenAllRanksInOnePieceOrMany) {
   const auto body = [](ForkedRank& me) {
     const std::vector<uint64_t> sizes{0, 64, 8192, 131072, kMiB, 16 * kMiB};
     constexpr uint64_t kRepeats = 3;
@@ -79,6 +95,7 @@ TEST_P(Ucx, AllSizesBetweenAllRanks) {
           const uint64_t step = s * kRepeats + r;
           auto frame = OutgoingFrame::Own(Header(FrameType::kKv, s, step),
                                           Payload(SeedOf(me.rank(), to, step), sizes[s]));
+          frame = Cut(std::move(frame), r * r * 10);
           frame.done = [&done, keep = frame.done] { ++done; };
           channel->Send(RankId(to), std::move(frame));
           ++sent;
