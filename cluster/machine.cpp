@@ -139,6 +139,11 @@ std::string AffinityWarning(const Machine& machine, uint32_t wanted_threads,
       wanted_threads == 0 ? "its share would be" : "it wants threads for", wanted);
 }
 
+uint32_t HostThreads(const config::Host& host, const Machine& machine, bool alone) {
+  if (host.threads() > 0) return host.threads();
+  return std::max(1u, machine.cpus_in_mask - (alone && machine.cpus_in_mask > 0 ? 1 : 0));
+}
+
 std::chrono::microseconds SpinTime(const Machine& machine, uint32_t node_threads) {
   return std::chrono::microseconds(node_threads <= machine.cpus_in_mask ? 2000 : 20);
 }

@@ -36,6 +36,11 @@ Machine ReadMachine();
 std::string AffinityWarning(const Machine& machine, uint32_t wanted_threads,
                             uint32_t ranks_on_node);
 
+// Attention threads of a host rank (config.proto: host.threads). 0 are all CPUs of its mask, but
+// for one where it is alone on its node: its own thread, which communicates, then has a CPU, and
+// takes a share of the work.
+uint32_t HostThreads(const config::Host& host, const Machine& machine, bool alone);
+
 // How long a thread with nothing to do looks for work before it sleeps, where `node_threads`
 // threads of all ranks share the node: long where each has a CPU of its own, since being woken
 // costs tens of microseconds several times a layer; short where a waiting thread keeps another from

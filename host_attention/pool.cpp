@@ -59,7 +59,31 @@ class Cores {
   std::vector<unsigned> units_;
 };
 
+// Some microseconds, and some hundreds where each thread has a CPU.
+int LooksFor(std::chrono::microseconds spin) {
+  return spin >= std::chrono::milliseconds(1) ? 4096 : 64;
+}
+
 }  // namespace
+
+void BriefMutex::lock() {
+  for (int looks = 0;; ++looks) {
+    if (!held_.load(std::memory_order_relaxed) &&
+        !held_.exchange(true, std::memory_order_acquire)) {
+      return;
+    }
+    if (looks < looks_) {
+      __builtin_ia32_pause();
+    } else {
+      held_.wait(true, std::memory_order_relaxed);
+    }
+  }
+}
+
+void BriefMutex::unlock() {
+  held_.store(false, std::memory_order_release);
+  held_.notify_one();
+}
 
 struct Pool::Loop {
   Lane lane = Lane::kForeground;
@@ -74,7 +98,7 @@ struct Pool::Loop {
 };
 
 Pool::Pool(uint32_t threads, bool pin, std::chrono::microseconds spin)
-    : threads_(threads == 0 ? MaskThreads() : threads), spin_(spin) {
+    : threads_(threads == 0 ? MaskThreads() : threads), spin_(spin), mutex_(LooksFor(spin)) {
   const auto cores = pin ? std::make_shared<const Cores>() : nullptr;
   for (uint32_t i = 0; i < threads_; ++i) {
     workers_.emplace_back([this, cores, i] {
@@ -92,21 +116,10 @@ Pool::~Pool() {
   pushes_.notify_all();
 }
 
-std::unique_lock<std::mutex> Pool::Lock() {
-  constexpr int kLooks = 64;  // a few microseconds
-  std::unique_lock lock(mutex_, std::try_to_lock);
-  for (int i = 0; !lock.owns_lock() && i < kLooks; ++i) {
-    __builtin_ia32_pause();
-    lock.try_lock();
-  }
-  if (!lock.owns_lock()) lock.lock();
-  return lock;
-}
-
 void Pool::Push(Lane lane, Entry entry) {
   const size_t runners = entry.runners;
   {
-    const auto lock = Lock();
+    const std::lock_guard lock(mutex_);
     unfinished_ += runners;
     if (lane == Lane::kForeground && entry.loop != nullptr) {
       while (!helpable_.empty() && helpable_.front()->begun()) helpable_.pop_front();
@@ -153,7 +166,7 @@ void Pool::AwaitPush(uint32_t seen) {
 }
 
 void Pool::Work() {
-  auto lock = Lock();
+  std::unique_lock lock(mutex_);
   for (;;) {
     Entry entry;
     if (!Take(&entry)) {
@@ -161,7 +174,7 @@ void Pool::Work() {
       const uint32_t seen = pushes_;
       lock.unlock();
       AwaitPush(seen);
-      lock = Lock();
+      lock.lock();
       continue;
     }
     lock.unlock();
@@ -171,7 +184,7 @@ void Pool::Work() {
       entry.job();
     }
     entry = {};  // what it held goes before the pool counts as idle
-    lock = Lock();
+    lock.lock();
     if (--unfinished_ == 0) idle_.notify_all();
   }
 }
@@ -215,7 +228,7 @@ bool Pool::Help() {
   if (!any_helpable_.load(std::memory_order_relaxed)) return false;
   std::shared_ptr<Loop> loop;
   {
-    const auto lock = Lock();
+    const std::lock_guard lock(mutex_);
     while (!helpable_.empty() && helpable_.front()->begun()) helpable_.pop_front();
     any_helpable_ = !helpable_.empty();
     if (helpable_.empty()) return false;

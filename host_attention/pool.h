@@ -14,6 +14,19 @@
 
 namespace passel::host {
 
+// A mutex that no one holds for long, but that many threads want at once: a thread looks whether it
+// is free, so many times, before it sleeps, and writes only where it is.
+class BriefMutex {
+ public:
+  explicit BriefMutex(int looks) : looks_(looks) {}
+  void lock();
+  void unlock();
+
+ private:
+  const int looks_;
+  std::atomic<bool> held_{false};
+};
+
 // The worker threads of one host rank, with two queues. Foreground jobs (queries) go before
 // background ones (sealing, merging), which are cut into short slices, so that a query waits for
 // one slice a thread at most. (A TBB arena has no such order between its tasks.)
@@ -48,9 +61,6 @@ class Pool {
     size_t runners = 1;
   };
   void Work();
-  // The mutex, which no one holds for long: looked at for a while before this thread sleeps on it,
-  // for many threads want it at once when a loop comes.
-  std::unique_lock<std::mutex> Lock();
   // Until pushes_ is no longer `seen`.
   void AwaitPush(uint32_t seen);
   void Push(Lane lane, Entry entry);
@@ -64,12 +74,12 @@ class Pool {
 
   uint32_t threads_;
   std::chrono::microseconds spin_;
-  std::mutex mutex_;
+  BriefMutex mutex_;
   // Changes, under the mutex, with every push. Threads without work sleep on it, not on a condition
   // variable: all that a loop needs are woken by one call, and none has to wait for the mutex to be
   // handed on before it runs.
   std::atomic<uint32_t> pushes_{0};
-  std::condition_variable idle_;
+  std::condition_variable_any idle_;
   std::deque<Entry> foreground_, background_;
   std::deque<std::shared_ptr<Loop>> helpable_;  // foreground loops, until all units have begun
   std::atomic<bool> any_helpable_{false};       // there may be some; changes under the mutex

@@ -127,7 +127,12 @@ void SetUp(cluster::Launch& launch, const JobOptions& options, const WorkMaker& 
       if (rank->device->info().backend == "CPU") threads = or_mask(job.config.gpu().threads());
     } else {
       memory = cluster::HostMemoryBudget(job.config.host(), machine, job.info().node_host_ranks);
-      threads += or_mask(job.config.host().threads());
+      // A rank's own thread takes a share of the work where each thread has a CPU: alone on its
+      // node, it leaves itself one.
+      const bool alone =
+          std::ranges::count(job.ranks, job.info().node, &cluster::RankInfo::node) == 1;
+      job.host_threads = cluster::HostThreads(job.config.host(), machine, alone);
+      threads += job.host_threads;
     }
   });
   const auto address = rank->channel ? rank->channel->address() : std::vector<std::byte>{};

@@ -47,7 +47,7 @@ host::Options Job::host_options(uint64_t memory_bytes) const {
   o.kv_type = a.kv_type() == config::INT8 ? host::KvType::kInt8 : host::KvType::kBf16;
   o.block_tokens = config.host().block_tokens();
   o.memory_bytes = memory_bytes;
-  o.threads = config.host().threads();
+  o.threads = host_threads > 0 ? host_threads : config.host().threads();
   o.deterministic = deterministic();
   o.seed = a.seed();
   o.spin = spin;

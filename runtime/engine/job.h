@@ -21,6 +21,7 @@ struct Job {
   model::ModelConfig model;
   std::vector<cluster::RankInfo> ranks;  // by world rank
   RankId self;
+  uint32_t host_threads = 0;           // of this host rank's attention; 0: as host.threads has it
   std::chrono::microseconds spin{20};  // for which this rank's idle threads poll before they sleep
 
   const cluster::RankInfo& info() const { return ranks[static_cast<size_t>(self.value)]; }

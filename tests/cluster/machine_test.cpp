@@ -45,6 +45,21 @@ TEST(AffinityWarning, WarnsWhereTheMaskIsNarrowerThanTheShare) {
   EXPECT_NE(AffinityWarning(machine, 17, 1), "");
 }
 
+TEST(HostThreads, LeaveTheRanksOwnThreadACpuWhereItIsAlone) {
+  Machine machine;
+  machine.cpus_in_mask = 16;
+  config::Host host;
+  EXPECT_EQ(HostThreads(host, machine, true), 15u);
+  EXPECT_EQ(SpinTime(machine, 1 + HostThreads(host, machine, true)), SpinTime(machine, 1));
+  EXPECT_EQ(HostThreads(host, machine, false), 16u);
+  for (const uint32_t cpus : {0u, 1u}) {
+    machine.cpus_in_mask = cpus;
+    EXPECT_EQ(HostThreads(host, machine, true), 1u);
+  }
+  host.set_threads(40);
+  EXPECT_EQ(HostThreads(host, machine, true), 40u);
+}
+
 TEST(SpinTime, IsLongWhereEachThreadHasACpu) {
   Machine machine = SomeMachine();
   machine.cpus_in_mask = 16;

@@ -44,7 +44,7 @@ struct Variant {
   double Time(const Layer& layer, bool count) {
     host::AttendBatch::Times times;
     batch.times = &times;
-    const double ms = TimeAwake(*host, layer, batch);
+    const double ms = TimeAwake(*host, layer, batch, CallerHelps(threads));
     if (!count) return ms;
     total.push_back(ms);
     probe.push_back(static_cast<double>(times.probe_ns) * 1e-6 / threads);

@@ -129,6 +129,10 @@ const uint16_t* Layer::query_codes(uint32_t stream) const {
   return &query_codes_[size_t{stream} * kGroup * shape_.l];
 }
 
+bool CallerHelps(uint32_t threads) {
+  return threads > 1 && threads >= std::thread::hardware_concurrency();
+}
+
 std::unique_ptr<host::HostAttention> MakeHost(const Layer& layer, host::KvType type,
                                               uint32_t threads) {
   const Shape& shape = layer.shape();
@@ -138,7 +142,7 @@ std::unique_ptr<host::HostAttention> MakeHost(const Layer& layer, host::KvType t
   options.k = shape.k;
   options.l = shape.l;
   options.kv_type = type;
-  options.threads = threads;
+  options.threads = CallerHelps(threads) ? threads - 1 : threads;
   options.pin_threads = true;
   options.spin = std::chrono::milliseconds(2);
   const auto plan = host::PlanSegments(shape.n, 0, options.block_tokens);
@@ -177,7 +181,7 @@ host::AttendBatch MakeBatch(const Layer& layer, bool exact) {
 }
 
 std::vector<host::PartialItem> Attend(host::HostAttention& host, const host::AttendBatch& batch,
-                                      double* ms) {
+                                      bool help, double* ms) {
   using Clock = std::chrono::steady_clock;
   std::promise<std::pair<Clock::time_point, std::vector<host::PartialItem>>> result;
   const auto start = Clock::now();
@@ -185,20 +189,23 @@ std::vector<host::PartialItem> Attend(host::HostAttention& host, const host::Att
     result.set_value({Clock::now(), std::move(partials)});
   });
   Check(status == host::Status::kOk, "the query is accepted");
-  auto [end, partials] = result.get_future().get();
+  auto future = result.get_future();
+  while (help && future.wait_for(std::chrono::seconds(0)) != std::future_status::ready) host.Help();
+  auto [end, partials] = future.get();
   if (ms != nullptr) *ms = std::chrono::duration<double, std::milli>(end - start).count();
   return std::move(partials);
 }
 
-double TimeAwake(host::HostAttention& host, const Layer& layer, const host::AttendBatch& batch) {
+double TimeAwake(host::HostAttention& host, const Layer& layer, const host::AttendBatch& batch,
+                 bool help) {
   host::AttendBatch wake = MakeBatch(layer, true);
   for (host::QueryItem& item : wake.items) item.offloaded_tokens = 1;
   const std::vector<host::QueryItem> once = wake.items;
   while (wake.items.size() < 256) wake.items.insert(wake.items.end(), once.begin(), once.end());
-  Attend(host, wake);
+  Attend(host, wake, help);
   std::this_thread::sleep_for(std::chrono::microseconds(200));
   double ms = 0;
-  Attend(host, batch, &ms);
+  Attend(host, batch, help, &ms);
   return ms;
 }
 

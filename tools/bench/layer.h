@@ -63,16 +63,20 @@ class Layer {
   std::vector<std::vector<float>> means_;
 };
 
+// Whether so many threads are all that the machine runs at once: one of them is then the caller,
+// who takes a share of the work, as a host rank's own thread does.
+bool CallerHelps(uint32_t threads);
 // A host rank that holds all of a layer; request r is RequestId(r + 1), everything is layer 0.
 std::unique_ptr<host::HostAttention> MakeHost(const Layer& layer, host::KvType type,
                                               uint32_t threads);
 // Queries of every stream. `exact`: attended as FULL.
 host::AttendBatch MakeBatch(const Layer& layer, bool exact);
-// Waits for the answer; ms: from the call until the partials are delivered.
+// Waits for the answer, or helps with it; ms: from the call until the partials are delivered.
 std::vector<host::PartialItem> Attend(host::HostAttention& host, const host::AttendBatch& batch,
-                                      double* ms = nullptr);
+                                      bool help = false, double* ms = nullptr);
 // The same time while the threads look for work, as a host rank's do between the layers of a step:
 // they have run a small query just before.
-double TimeAwake(host::HostAttention& host, const Layer& layer, const host::AttendBatch& batch);
+double TimeAwake(host::HostAttention& host, const Layer& layer, const host::AttendBatch& batch,
+                 bool help);
 
 }  // namespace passel::bench
