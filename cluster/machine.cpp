@@ -141,7 +141,7 @@ std::string AffinityWarning(const Machine& machine, uint32_t wanted_threads,
 
 uint32_t HostThreads(const config::Host& host, const Machine& machine, bool alone) {
   if (host.threads() > 0) return host.threads();
-  return std::max(1u, machine.cpus_in_mask - (alone && machine.cpus_in_mask > 0 ? 1 : 0));
+  return machine.cpus_in_mask > 1 && alone ? machine.cpus_in_mask - 1 : machine.cpus_in_mask;
 }
 
 std::chrono::microseconds SpinTime(const Machine& machine, uint32_t node_threads) {

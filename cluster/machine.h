@@ -38,7 +38,7 @@ std::string AffinityWarning(const Machine& machine, uint32_t wanted_threads,
 
 // Attention threads of a host rank (config.proto: host.threads). 0 are all CPUs of its mask, but
 // for one where it is alone on its node: its own thread, which communicates, then has a CPU, and
-// takes a share of the work.
+// takes a share of the work. 0 where the mask is not known.
 uint32_t HostThreads(const config::Host& host, const Machine& machine, bool alone);
 
 // How long a thread with nothing to do looks for work before it sleeps, where `node_threads`

@@ -54,7 +54,7 @@ TEST(HostThreads, LeaveTheRanksOwnThreadACpuWhereItIsAlone) {
   EXPECT_EQ(HostThreads(host, machine, false), 16u);
   for (const uint32_t cpus : {0u, 1u}) {
     machine.cpus_in_mask = cpus;
-    EXPECT_EQ(HostThreads(host, machine, true), 1u);
+    EXPECT_EQ(HostThreads(host, machine, true), cpus);
   }
   host.set_threads(40);
   EXPECT_EQ(HostThreads(host, machine, true), 40u);
