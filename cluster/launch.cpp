@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 #include <mpi.h>
+#include <sched.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -10,6 +11,7 @@
 
 #include "cluster/mpi_collectives.h"
 #include "cluster/mpi_util.h"
+#include "runtime/base/random.h"
 
 namespace passel::cluster {
 namespace {
@@ -21,6 +23,7 @@ constexpr int32_t kNoRole = -1;
 struct Introduction {
   uint64_t config_hash;
   int64_t pid;
+  uint64_t cpus;        // that it may use
   int32_t role;         // Role, or kNoRole without --role
   int32_t node_leader;  // lowest world rank that shares memory with this one: names the node
   char node[MPI_MAX_PROCESSOR_NAME];
@@ -73,6 +76,14 @@ void CheckGivenRoles(const std::vector<Introduction>& all) {
   }
 }
 
+// Equal for equal affinity masks.
+uint64_t CpusOfThisProcess() {
+  cpu_set_t mask;
+  CPU_ZERO(&mask);
+  if (sched_getaffinity(0, sizeof(mask), &mask) != 0) return 0;
+  return HashBytes(&mask, sizeof(mask));
+}
+
 void CheckWorldSize(size_t world, uint32_t model_ranks, bool roles_given) {
   if (roles_given || world >= model_ranks) return;
   throw Error(ErrorClass::kCluster,
@@ -97,6 +108,7 @@ Introduction Launch::Impl::Introduce(std::optional<Role> role, uint64_t config_h
   Introduction mine{};
   mine.config_hash = config_hash;
   mine.pid = getpid();
+  mine.cpus = CpusOfThisProcess();
   mine.role = role ? static_cast<int32_t>(*role) : kNoRole;
   int length = 0;
   CheckMpi(MPI_Get_processor_name(mine.node, &length), "MPI_Get_processor_name");
@@ -193,6 +205,9 @@ std::vector<RankInfo> Launch::AssignRoles(uint32_t model_ranks, std::optional<Ro
     info.pid = all[r].pid;
   }
   for (size_t r = 0; r < all.size(); ++r) {
+    size_t first = 0;
+    while (all[first].node_leader != all[r].node_leader || all[first].cpus != all[r].cpus) ++first;
+    ranks[r].cpu_group = RankId(static_cast<int32_t>(first));
     for (size_t other = 0; other < all.size(); ++other) {
       ranks[r].node_host_ranks +=
           all[other].node_leader == all[r].node_leader && ranks[other].role == Role::kHost;

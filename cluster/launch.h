@@ -24,6 +24,7 @@ struct RankInfo {
   std::string node;    // host name
   int64_t pid = 0;
   uint32_t node_host_ranks = 0;    // host ranks on the same node
+  RankId cpu_group;                // the first rank of its node that may use the same CPUs
   uint32_t threads = 0;            // that compute or communicate
   uint64_t memory_bytes = 0;       // budget: KV and tables (host), device memory (model)
   std::vector<std::byte> address;  // of its UCX worker

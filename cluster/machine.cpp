@@ -144,8 +144,8 @@ uint32_t HostThreads(const config::Host& host, const Machine& machine, bool alon
   return machine.cpus_in_mask > 1 && alone ? machine.cpus_in_mask - 1 : machine.cpus_in_mask;
 }
 
-std::chrono::microseconds SpinTime(const Machine& machine, uint32_t node_threads) {
-  return std::chrono::microseconds(node_threads <= machine.cpus_in_mask ? 2000 : 20);
+std::chrono::microseconds SpinTime(const Machine& machine, uint32_t threads) {
+  return std::chrono::microseconds(threads <= machine.cpus_in_mask ? 2000 : 20);
 }
 
 uint64_t HostMemoryBudget(const config::Host& host, const Machine& machine,

@@ -37,15 +37,15 @@ std::string AffinityWarning(const Machine& machine, uint32_t wanted_threads,
                             uint32_t ranks_on_node);
 
 // Attention threads of a host rank (config.proto: host.threads). 0 are all CPUs of its mask, but
-// for one where it is alone on its node: its own thread, which communicates, then has a CPU, and
-// takes a share of the work. 0 where the mask is not known.
+// for one where no other rank shares them (`alone`): its own thread, which communicates, then has a
+// CPU, and takes a share of the work. 0 where the mask is not known.
 uint32_t HostThreads(const config::Host& host, const Machine& machine, bool alone);
 
-// How long a thread with nothing to do looks for work before it sleeps, where `node_threads`
-// threads of all ranks share the node: long where each has a CPU of its own, since being woken
-// costs tens of microseconds several times a layer; short where a waiting thread keeps another from
-// its work.
-std::chrono::microseconds SpinTime(const Machine& machine, uint32_t node_threads);
+// How long a thread with nothing to do looks for work before it sleeps, where `threads` threads of
+// all ranks share this rank's CPUs: long where each has a CPU of its own, since being woken costs
+// tens of microseconds several times a layer; short where a waiting thread keeps another from its
+// work.
+std::chrono::microseconds SpinTime(const Machine& machine, uint32_t threads);
 
 // Memory budget of a host rank for KV cache and tables (config.proto: host.memory_bytes), where
 // `node_host_ranks` host ranks share the node. Throws Error{kMemory} where the budgets of the node

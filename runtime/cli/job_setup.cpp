@@ -127,19 +127,19 @@ void SetUp(cluster::Launch& launch, const JobOptions& options, const WorkMaker& 
       if (rank->device->info().backend == "CPU") threads = or_mask(job.config.gpu().threads());
     } else {
       memory = cluster::HostMemoryBudget(job.config.host(), machine, job.info().node_host_ranks);
-      // A rank's own thread takes a share of the work where each thread has a CPU: alone on its
-      // node, it leaves itself one.
       const bool alone =
-          std::ranges::count(job.ranks, job.info().node, &cluster::RankInfo::node) == 1;
+          std::ranges::count(job.ranks, job.info().cpu_group, &cluster::RankInfo::cpu_group) == 1;
       job.host_threads = cluster::HostThreads(job.config.host(), machine, alone);
       threads += job.host_threads;
     }
   });
   const auto address = rank->channel ? rank->channel->address() : std::vector<std::byte>{};
   const uint64_t nonce = launch.Exchange(job.ranks, threads, memory, address);
-  uint32_t node_threads = 0;
-  for (const auto& r : job.ranks) node_threads += r.node == job.info().node ? r.threads : 0;
-  job.spin = cluster::SpinTime(machine, node_threads);
+  uint32_t all_threads = 0;
+  for (const auto& r : job.ranks) {
+    all_threads += r.cpu_group == job.info().cpu_group ? r.threads : 0;
+  }
+  job.spin = cluster::SpinTime(machine, all_threads);
   if (rank->channel) rank->channel->SetSpin(job.spin);
   rank->collectives = launch.MakeModelCollectives(job.ranks);
   launch.Agree([&] {

@@ -1,6 +1,7 @@
 // Run by mpirun with several ranks; every rank runs every test, so their calls match.
 #include <gtest/gtest.h>
 #include <mpi.h>
+#include <sched.h>
 #include <unistd.h>
 
 #include <bit>
@@ -162,6 +163,28 @@ TEST(AssignRoles, RolesAreGivenToAllOrNone) {
                    ErrorClass::kUsage, 0, "rank 1 started without --role");
   ExpectOneMessage(OutcomesOf([] { launch->AssignRoles(1, Role::kHost, 42); }), ErrorClass::kUsage,
                    0, "expected the model ranks first");
+}
+
+TEST(AssignRoles, RanksKnowWhoSharesTheirCpus) {
+  cpu_set_t all;
+  ASSERT_EQ(sched_getaffinity(0, sizeof(all), &all), 0);
+  for (const RankInfo& r : launch->AssignRoles(1, std::nullopt, 42)) {
+    EXPECT_EQ(r.cpu_group, RankId(0));
+  }
+  std::vector<int> cpus;
+  for (int i = 0; i < CPU_SETSIZE; ++i) {
+    if (CPU_ISSET(i, &all)) cpus.push_back(i);
+  }
+  if (cpus.size() < 2) GTEST_SKIP() << "needs two CPUs";
+  cpu_set_t one;
+  CPU_ZERO(&one);
+  CPU_SET(cpus[static_cast<size_t>(launch->world_rank() % 2)], &one);
+  ASSERT_EQ(sched_setaffinity(0, sizeof(one), &one), 0);
+  const auto ranks = launch->AssignRoles(1, std::nullopt, 42);
+  ASSERT_EQ(sched_setaffinity(0, sizeof(all), &all), 0);
+  for (size_t r = 0; r < ranks.size(); ++r) {
+    EXPECT_EQ(ranks[r].cpu_group, RankId(static_cast<int32_t>(r % 2)));
+  }
 }
 
 TEST(Exchange, EveryRankLearnsAddressesOfAnyLengthAndOneNonce) {
