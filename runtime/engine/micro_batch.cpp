@@ -150,8 +150,7 @@ void MicroBatch::HandOver() {
   // Dense layers are attended exactly.
   w_.link->SendQuery(number_, layer_, step_, plan_, !Sampled(),
                      static_cast<const bf16*>(queries_->q->data()),
-                     codes_.data == nullptr ? nullptr : static_cast<const uint16_t*>(codes_.data),
-                     queries_, &box_);
+                     static_cast<const uint16_t*>(codes_.data), queries_, &box_);
   state_ = State::kHosts;
 }
 
