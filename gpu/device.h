@@ -209,9 +209,9 @@ class Device {
   virtual void ClearPartials(Partials partials) = 0;
   // into ← into ∪ from, row i of `from` into row rows[i] and heads first_heads[i] … of `into`, in
   // ascending order of i (which fixes the bits).
-  // from: host or device-readable staging memory laid out as in cluster/messages.h is unpacked by
-  // the caller into Partials whose rows cover `from.max.cols` heads; num f32 or bf16, head_dim and
-  // its stride even.
+  // from: memory that the device can read, with rows that cover `from.max.cols` heads; num f32 or
+  // bf16, head_dim and its stride even. It is read from the call on, not behind what was issued
+  // before: nothing that is still to be done on the device may write it.
   virtual void MergePartials(Partials into, Partials from, std::span<const int32_t> rows,
                              std::span<const int32_t> first_heads) = 0;
   // out = num / den; out: [n, heads·head_dim] activation_type. den = 0 gives 0.

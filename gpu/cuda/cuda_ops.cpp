@@ -155,7 +155,7 @@ void CudaDevice::DecodeAttention(Tensor q, std::span<const KvView> views, Partia
   std::vector<DecodeRow> rows;
   std::vector<int32_t> pages;
   int64_t partials = 0;
-  int32_t max_splits = 1;
+  DecodeExtent extent;
   for (const KvView& view : views) {
     const int64_t used = (view.tokens + kKvPageTokens - 1) / kKvPageTokens;
     Check(view.tokens >= 0 && used <= static_cast<int64_t>(view.pages.size()),
@@ -167,7 +167,12 @@ void CudaDevice::DecodeAttention(Tensor q, std::span<const KvView> views, Partia
       pages.push_back(page);
     }
     if (row.splits > 1) partials += row.splits;
-    max_splits = std::max(max_splits, row.splits);
+    extent.max_splits = std::max(extent.max_splits, row.splits);
+    if (view.tokens <= kMaxShortTokens) {
+      extent.max_short_tokens = std::max(extent.max_short_tokens, view.tokens);
+    } else {
+      extent.any_long = true;
+    }
     rows.push_back(row);
   }
   auto* scratch = static_cast<float*>(decode_scratch_.Get(
@@ -175,7 +180,7 @@ void CudaDevice::DecodeAttention(Tensor q, std::span<const KvView> views, Partia
   const auto [device_rows, device_pages] =
       ring_.Upload(std::span<const DecodeRow>(rows), std::span<const int32_t>(pages));
   LaunchDecodeAttention(IssueTo(), {pool_->data(), pool_shape_}, q, device_pages, device_rows,
-                        max_splits, scratch, out);
+                        extent, scratch, out);
 }
 
 void CudaDevice::CausalAttention(const AttentionShape& shape, Tensor q, Tensor k, Tensor v,
@@ -259,24 +264,25 @@ void CudaDevice::MergePartials(Partials into, Partials from, std::span<const int
   const auto n = static_cast<int64_t>(rows.size());
   Check(n == from.max.rows && first_heads.size() == rows.size() && into.max.rows < 65536,
         "MergePartials: one row and head index per partial");
-  std::vector<int32_t> row_begin(static_cast<size_t>(into.max.rows + 1));
+  const auto into_rows = static_cast<size_t>(into.max.rows);
+  std::vector<int32_t> list(into_rows + 1 + 2 * rows.size());
   for (size_t i = 0; i < rows.size(); ++i) {
     Check(rows[i] >= 0 && rows[i] < into.max.rows && first_heads[i] >= 0 &&
               first_heads[i] <= into.max.cols - from.max.cols,
           "MergePartials: row or head out of range");
-    ++row_begin[static_cast<size_t>(rows[i]) + 1];
+    ++list[static_cast<size_t>(rows[i]) + 1];
   }
   if (n == 0) return;
-  for (size_t r = 1; r < row_begin.size(); ++r) row_begin[r] += row_begin[r - 1];
-  std::vector<int32_t> next(row_begin.begin(), row_begin.end() - 1);
-  std::vector<MergeEntry> entries(rows.size());
+  for (size_t r = 1; r <= into_rows; ++r) list[r] += list[r - 1];
+  std::vector<int32_t> next(list.begin(), list.begin() + into.max.rows);
   for (size_t i = 0; i < rows.size(); ++i) {
-    entries[static_cast<size_t>(next[static_cast<size_t>(rows[i])]++)] = {static_cast<int32_t>(i),
-                                                                          first_heads[i]};
+    const auto entry = static_cast<size_t>(next[static_cast<size_t>(rows[i])]++);
+    list[into_rows + 1 + 2 * entry] = static_cast<int32_t>(i);
+    list[into_rows + 2 + 2 * entry] = first_heads[i];
   }
-  const auto [device_entries, device_begin] =
-      ring_.Upload(std::span<const MergeEntry>(entries), std::span<const int32_t>(row_begin));
-  LaunchMergePartials(IssueTo(), into, from, device_entries, device_begin);
+  const int32_t* uploaded =
+      list.size() > kMaxMergeWords ? ring_.Upload(std::span<const int32_t>(list)) : nullptr;
+  LaunchMergePartials(IssueTo(), into, from, list, uploaded);
 }
 
 void CudaDevice::NormalizePartials(Partials partials, Tensor out) {

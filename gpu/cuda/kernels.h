@@ -56,15 +56,14 @@ void LaunchSample(cudaStream_t stream, Tensor x, const SamplingRule* rules, int3
 size_t ColumnMeanScratch(int64_t rows, int64_t cols);
 void LaunchColumnMean(cudaStream_t stream, Tensor x, Tensor mean, double* sums);
 
-// Partial results (partials.cu). What goes to row r of `into`, heads first_head and on, is
-// entries[row_begin[r]] … entries[row_begin[r + 1] − 1], in the order of its rows in `from`.
-struct MergeEntry {
-  int32_t from_row;
-  int32_t first_head;
-};
+// Partial results (partials.cu). list: where the entries of each row of `into` begin and, last,
+// where they end (into.max.rows + 1 numbers); then two numbers an entry: its row in `from` and the
+// first of its heads in `into`. The entries of a row are merged in their order. A list of up to
+// kMaxMergeWords is read at once, a longer one must be `uploaded`.
+inline constexpr size_t kMaxMergeWords = 8000;  // of the 32,764 bytes that arguments may have
 void LaunchClearPartials(cudaStream_t stream, Partials partials);
 void LaunchMergePartials(cudaStream_t stream, Partials into, Partials from,
-                         const MergeEntry* entries, const int32_t* row_begin);
+                         std::span<const int32_t> list, const int32_t* uploaded);
 void LaunchNormalizePartials(cudaStream_t stream, Partials partials, Tensor out);
 
 // The KV pool (decode_attention.cu). slots[i]: page · kKvPageTokens + place in the page.
@@ -86,12 +85,21 @@ struct DecodeRow {
 };
 // Sets split_tokens and splits from tokens.
 void CutDecodeRow(DecodeRow* row);
+// Rows of up to so many tokens may have a kernel of their own.
+inline constexpr int64_t kMaxShortTokens = 128;
+// Of the rows of a batch.
+struct DecodeExtent {
+  int32_t max_splits = 1;
+  bool any_long = false;
+  int64_t max_short_tokens = -1;  // −1: no row is short
+};
 // scratch: floats for `partials` splits, DecodePartialFloats each; unused where max_splits is 1.
 inline int64_t DecodePartialFloats(const AttentionShape& shape) {
   return int64_t{shape.heads} * (shape.head_dim + 2);
 }
 void LaunchDecodeAttention(cudaStream_t stream, PoolView pool, Tensor q, const int32_t* pages,
-                           const DecodeRow* rows, int32_t max_splits, float* scratch, Partials out);
+                           const DecodeRow* rows, const DecodeExtent& extent, float* scratch,
+                           Partials out);
 
 // Causal attention of a chunk (causal_attention.cu); head_dim ≤ kMaxHeadDim, a multiple of 8.
 void LaunchCausalAttention(cudaStream_t stream, const AttentionShape& shape, Tensor q, Tensor k,

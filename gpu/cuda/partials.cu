@@ -1,5 +1,7 @@
 // Merging and normalising partial attention results (runtime/base/partial.h).
 
+#include <cstring>
+
 #include "gpu/cuda/device_math.cuh"
 #include "gpu/cuda/kernels.h"
 
@@ -7,67 +9,95 @@ namespace passel::gpu::cuda {
 namespace {
 
 constexpr int kHeadsEach = 4;  // of a block: a warp each
+constexpr int kPairs = 4;      // of a lane: head_dim ≤ 256
 
-// Elements at and at + 1.
-template <typename T>
-__device__ inline float2 LoadPair(const T* at) {
-  if constexpr (sizeof(T) == sizeof(float)) return {at[0], at[1]};
-  return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(at));
+// The list of LaunchMergePartials: an argument of the kernel where kWords hold it.
+template <size_t kWords>
+struct MergeList {
+  const int32_t* uploaded;  // null: content
+  int32_t content[kWords];
+
+  __device__ int32_t operator[](int64_t i) const {
+    return uploaded != nullptr ? uploaded[i] : content[i];
+  }
+};
+
+// Elements at and at + 1 of what others than this GPU write: not kept in L1.
+__device__ inline float2 LoadForeignPair(const float* at) { return {__ldcg(at), __ldcg(at + 1)}; }
+__device__ inline float2 LoadForeignPair(const __nv_bfloat16* at) {
+  const unsigned pair = __ldcg(reinterpret_cast<const unsigned*>(at));
+  return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
 }
 
-// One warp a (head, row) of `into`: walks the row's entries in order. What it reads may be host
-// memory, far away: max, den and num of an entry are asked for together. T: of from.num.
-template <typename T>
+// What a lane holds of a head's partial.
+struct LanePartial {
+  bool there = false;
+  float max, den;
+  float2 num[kPairs];
+};
+
+// One warp a (head, row) of `into`: walks the row's entries in order, two of them asked for ahead:
+// they lie in host memory, far away. They are there when this is launched, so the first ones are
+// asked for before the kernels before are through. T: of from.num.
+template <typename T, size_t kWords>
 __global__ void __launch_bounds__(32 * kHeadsEach)
-    MergeKernel(Partials into, Partials from, const MergeEntry* entries, const int32_t* row_begin) {
+    MergeKernel(Partials into, Partials from, const __grid_constant__ MergeList<kWords> list) {
   LetNextKernelStart();
-  WaitForEarlierKernels();
+  if (list.uploaded != nullptr) WaitForEarlierKernels();
   const int64_t head = int64_t{blockIdx.x} * kHeadsEach + threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   const int64_t row = blockIdx.y;
-  if (head >= into.max.cols) return;
-  const int32_t begin = row_begin[row], end = row_begin[row + 1];
-  if (begin == end) return;
   const int64_t dim = into.num.cols / into.max.cols;
+  const int32_t end = head < into.max.cols ? list[row + 1] : 0;
+  int32_t next = list[row];
+  // The next entry that has this head.
+  const auto load = [&] {
+    LanePartial part;
+    while (next < end && !part.there) {
+      const int64_t entry = into.max.rows + 1 + 2 * int64_t{next++};
+      const int64_t from_row = list[entry], h = head - list[entry + 1];
+      if (h < 0 || h >= from.max.cols) continue;
+      part.there = true;
+      const T* num = static_cast<const T*>(from.num.data) + from_row * from.num.stride + h * dim;
+#pragma unroll
+      for (int i = 0; i < kPairs; ++i) {
+        const int at = 2 * lane + 64 * i;
+        if (at < dim) part.num[i] = LoadForeignPair(num + at);
+      }
+      part.max = __ldcg(F32Row(from.max, from_row) + h);
+      part.den = __ldcg(F32Row(from.den, from_row) + h);
+    }
+    return part;
+  };
+  LanePartial part = load(), ahead = load();
+  if (list.uploaded == nullptr) WaitForEarlierKernels();
+  if (!part.there) return;
+
   float* num = F32Row(into.num, row) + head * dim;
   float max = F32Row(into.max, row)[head];
   float den = F32Row(into.den, row)[head];
-  __syncwarp();             // lane 0 writes below what all have read here
-  constexpr int kEach = 4;  // pairs of a lane: head_dim ≤ 256
-  float2 own[kEach];
+  __syncwarp();  // lane 0 writes below what all have read here
+  float2 own[kPairs];
 #pragma unroll
-  for (int i = 0; i < kEach; ++i) {
+  for (int i = 0; i < kPairs; ++i) {
     const int at = 2 * lane + 64 * i;
-    own[i] = at < dim ? LoadPair(num + at) : float2{};
+    if (at < dim) own[i] = {num[at], num[at + 1]};
   }
-  for (int32_t e = begin; e < end; ++e) {
-    const MergeEntry entry = entries[e];
-    const int64_t h = head - entry.first_head;
-    if (h < 0 || h >= from.max.cols) continue;
-    const T* from_num =
-        static_cast<const T*>(from.num.data) + entry.from_row * from.num.stride + h * dim;
-    float2 other[kEach];
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      const int at = 2 * lane + 64 * i;
-      other[i] = at < dim ? LoadPair(from_num + at) : float2{};
-    }
-    const float from_max = F32Row(from.max, entry.from_row)[h];
-    const float from_den = F32Row(from.den, entry.from_row)[h];
-    if (from_max == -INFINITY) continue;
-    const float new_max = fmaxf(max, from_max);
+  for (; part.there; part = ahead, ahead = load()) {
+    if (part.max == -INFINITY) continue;
+    const float new_max = fmaxf(max, part.max);
     const float weight = RescaleWeight(max, new_max);
-    const float from_weight = RescaleWeight(from_max, new_max);
-    den = weight * den + from_weight * from_den;
+    const float part_weight = RescaleWeight(part.max, new_max);
+    den = weight * den + part_weight * part.den;
     max = new_max;
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      own[i].x = weight * own[i].x + from_weight * other[i].x;
-      own[i].y = weight * own[i].y + from_weight * other[i].y;
+    for (int i = 0; i < kPairs; ++i) {
+      own[i].x = weight * own[i].x + part_weight * part.num[i].x;
+      own[i].y = weight * own[i].y + part_weight * part.num[i].y;
     }
   }
 #pragma unroll
-  for (int i = 0; i < kEach; ++i) {
+  for (int i = 0; i < kPairs; ++i) {
     const int at = 2 * lane + 64 * i;
     if (at < dim) num[at] = own[i].x, num[at + 1] = own[i].y;
   }
@@ -75,6 +105,28 @@ __global__ void __launch_bounds__(32 * kHeadsEach)
     F32Row(into.max, row)[head] = max;
     F32Row(into.den, row)[head] = den;
   }
+}
+
+template <typename T, size_t kWords>
+void LaunchMerge(cudaStream_t stream, Partials into, Partials from, std::span<const int32_t> list,
+                 const int32_t* uploaded) {
+  MergeList<kWords> argument;
+  argument.uploaded = uploaded;
+  if (uploaded == nullptr) std::memcpy(argument.content, list.data(), list.size_bytes());
+  const dim3 grid(static_cast<unsigned>((into.max.cols + kHeadsEach - 1) / kHeadsEach),
+                  static_cast<unsigned>(into.max.rows));
+  LaunchBehind(stream, grid, 32 * kHeadsEach, 0, "launch of MergePartials", MergeKernel<T, kWords>,
+               into, from, argument);
+}
+
+template <typename T>
+void LaunchMerge(cudaStream_t stream, Partials into, Partials from, std::span<const int32_t> list,
+                 const int32_t* uploaded) {
+  // All of an argument is copied, used or not.
+  if (uploaded != nullptr) return LaunchMerge<T, 1>(stream, into, from, list, uploaded);
+  if (list.size() <= 320) return LaunchMerge<T, 320>(stream, into, from, list, uploaded);
+  if (list.size() <= 1280) return LaunchMerge<T, 1280>(stream, into, from, list, uploaded);
+  LaunchMerge<T, kMaxMergeWords>(stream, into, from, list, uploaded);
 }
 
 }  // namespace
@@ -90,16 +142,11 @@ void LaunchClearPartials(cudaStream_t stream, Partials partials) {
 }
 
 void LaunchMergePartials(cudaStream_t stream, Partials into, Partials from,
-                         const MergeEntry* entries, const int32_t* row_begin) {
-  if (from.max.rows == 0 || into.max.rows == 0) return;
-  const dim3 grid(static_cast<unsigned>((into.max.cols + kHeadsEach - 1) / kHeadsEach),
-                  static_cast<unsigned>(into.max.rows));
-  const auto launch = [&](auto kernel) {
-    LaunchBehind(stream, grid, 32 * kHeadsEach, 0, "launch of MergePartials", kernel, into, from,
-                 entries, row_begin);
-  };
-  if (from.num.type == DType::kBf16) return launch(MergeKernel<__nv_bfloat16>);
-  launch(MergeKernel<float>);
+                         std::span<const int32_t> list, const int32_t* uploaded) {
+  if (from.num.type == DType::kBf16) {
+    return LaunchMerge<__nv_bfloat16>(stream, into, from, list, uploaded);
+  }
+  LaunchMerge<float>(stream, into, from, list, uploaded);
 }
 
 void LaunchNormalizePartials(cudaStream_t stream, Partials partials, Tensor out) {

@@ -150,7 +150,7 @@ TEST(CausalAttentionOut, IsRoundedToTheActivationType) {
 // A pool with some sequences whose pages are scattered over it.
 class DecodeAttention : public testing::TestWithParam<std::tuple<int32_t, int32_t, int32_t>> {
  protected:
-  static constexpr int64_t kTokens[] = {1, 64, 65, 1500, 0, 2049};
+  static constexpr int64_t kTokens[] = {1, 64, 65, 1500, 0, 2049, 128, 129};
   static constexpr int32_t kPages = 80;
 
   void SetUp() override {
@@ -221,9 +221,9 @@ class DecodeAttention : public testing::TestWithParam<std::tuple<int32_t, int32_
 TEST_P(DecodeAttention, EqualsFloat64) {
   const auto device = MakeTestDevice({.threads = 2});
   Fill(*device);
-  const Result r = Run(*device, {0, 1, 2, 3, 4, 5});
+  const Result r = Run(*device, {0, 1, 2, 3, 4, 5, 6, 7});
   const int64_t dim = shape_.head_dim;
-  for (int64_t s = 0; s < 6; ++s) {
+  for (int64_t s = 0; s < 8; ++s) {
     for (int64_t h = 0; h < shape_.heads; ++h) {
       const auto at = static_cast<size_t>(s * shape_.heads + h);
       const Exact e = Attend(&q_[at * static_cast<size_t>(dim)], k_[static_cast<size_t>(s)],
@@ -254,13 +254,14 @@ TEST_P(DecodeAttention, BitsDependOnNeitherBatchNorThreads) {
   const Result all = Run(*one, {0, 1, 2, 3, 4, 5});
   const Result same = Run(*two, {0, 1, 2, 3, 4, 5});
   EXPECT_TRUE(SameBits(all.num, same.num) && SameBits(all.den, same.den));
-  const Result alone = Run(*two, {3});
-  const auto heads = static_cast<size_t>(shape_.heads);
-  EXPECT_EQ(alone.den, std::vector<float>(all.den.begin() + 3 * shape_.heads,
-                                          all.den.begin() + 4 * shape_.heads));
-  const size_t row = heads * static_cast<size_t>(shape_.head_dim);
-  EXPECT_EQ(alone.num, std::vector<float>(all.num.begin() + static_cast<int64_t>(3 * row),
-                                          all.num.begin() + static_cast<int64_t>(4 * row)));
+  const int64_t heads = shape_.heads, row = heads * shape_.head_dim;
+  for (const int64_t one_of : {2, 3}) {  // a short one and a long one
+    const Result alone = Run(*two, {static_cast<size_t>(one_of)});
+    EXPECT_EQ(alone.den, std::vector<float>(all.den.begin() + one_of * heads,
+                                            all.den.begin() + (one_of + 1) * heads));
+    EXPECT_EQ(alone.num, std::vector<float>(all.num.begin() + one_of * row,
+                                            all.num.begin() + (one_of + 1) * row));
+  }
 }
 
 TEST_P(DecodeAttention, StoredRowsAreReadBack) {

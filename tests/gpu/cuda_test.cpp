@@ -133,6 +133,42 @@ TEST(CudaLinear, OfSeveralPanelsIsReadBackByEmbed) {
   }
 }
 
+// Replies are read from host memory that is written anew every layer, before kernels issued earlier
+// are through: never what was there before. Lists of all sizes.
+TEST(CudaMergePartials, ReadsWhatTheHostHasJustWritten) {
+  const auto device = MakeTestDevice({});
+  Random random(45);
+  const int64_t rows = 16, heads = 32, dim = 128;
+  DeviceMatrix busy(*device, DType::kF32, 2048, heads * dim),
+      copy(*device, DType::kF32, 2048, heads * dim);
+  DeviceMatrix max(*device, DType::kF32, rows, heads), den(*device, DType::kF32, rows, heads),
+      num(*device, DType::kF32, rows, heads * dim);
+  for (const int64_t each : {int64_t{1}, int64_t{3}, int64_t{40}}) {  // partials of a head
+    const int64_t entries = rows * heads * each;
+    const auto staging = device->AllocateStaging(static_cast<size_t>(entries * (dim + 4)) * 4);
+    auto* values = static_cast<float*>(staging->data());
+    const Partials from{{values, DType::kF32, entries, 1, 1},
+                        {values + entries, DType::kF32, entries, 1, 1},
+                        {values + 2 * entries, DType::kF32, entries, dim, dim}};
+    std::vector<int32_t> at, first;
+    for (int64_t i = 0; i < entries; ++i) {
+      at.push_back(static_cast<int32_t>(i / (heads * each)));
+      first.push_back(static_cast<int32_t>(i / each % heads));
+    }
+    for (int turn = 0; turn < 20; ++turn) {
+      device->ClearPartials({max.tensor, den.tensor, num.tensor});
+      for (int i = 0; i < 40; ++i) device->Convert(busy.tensor, copy.tensor);
+      const auto value = static_cast<float>(1 + random.Next() % 1000);
+      std::fill_n(values, entries, 0.0f);
+      std::fill_n(values + entries, entries * (dim + 1), value);
+      device->MergePartials({max.tensor, den.tensor, num.tensor}, from, at, first);
+      const float sum = value * static_cast<float>(each);
+      for (const float x : den.Get()) ASSERT_EQ(x, sum) << each << ", turn " << turn;
+      for (const float x : num.Get()) ASSERT_EQ(x, sum) << each << ", turn " << turn;
+    }
+  }
+}
+
 // (heads, kv_heads, head_dim)
 class CudaDecode : public testing::TestWithParam<std::tuple<int32_t, int32_t, int32_t>> {};
 

@@ -1,0 +1,111 @@
+// Decode attention on the matrix units over few tokens, as where a window alone is on the GPU: a
+// warp has one step, so all of K and V is under way at once. Registers are kept few, so that all
+// blocks of a batch of 64 are resident: the operands of the query lie in shared memory, and the
+// values of 64 elements are added and put away before the next ones.
+
+#include <algorithm>
+
+#include "gpu/cuda/decode_matrix.cuh"
+
+namespace passel::gpu::cuda {
+namespace {
+
+constexpr int kMaxWarps = kMaxShortTokens / kMatrixTokens;
+
+template <int kDim>
+__global__ void __launch_bounds__(32 * kMaxWarps, 2) ShortKernel(DecodeArgs a) {
+  constexpr int kKeyBlocks = kDim / 32, kValueBlocks = kDim / 64;
+  __shared__ uint4 query[kKeyBlocks][2][32];
+  __shared__ float warp_max[kMaxWarps][8], warp_den[kMaxWarps][8];
+  extern __shared__ float warp_num[];  // [warps][group][kDim]
+  LetNextKernelStart();
+  WaitForEarlierKernels();
+  const int64_t row = blockIdx.y;
+  const DecodeRow cut = a.rows[row];
+  if (!IsShort(cut.tokens)) return;
+  const int32_t group = a.shape.heads / a.shape.kv_heads;
+  const int32_t kv_head = static_cast<int32_t>(blockIdx.x);
+  const int32_t first_head = kv_head * group;
+  const int warps = static_cast<int>(blockDim.x) / 32;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+
+  const int64_t first = warp * kMatrixTokens, count = cut.tokens - first;
+  const int64_t slot = int64_t{2} * a.shape.kv_heads * kDim;
+  const int64_t page = count > 0 ? a.pages[cut.first_page + first / kKvPageTokens] : 0;
+  const __nv_bfloat16* step =
+      a.pool + int64_t{2} * kv_head * kDim + (page * kKvPageTokens + first % kKvPageTokens) * slot;
+  uint4 k[2][kKeyBlocks], v[kValueBlocks][4];
+  LoadKeys(step, slot, count, g, t, k);
+#pragma unroll
+  for (int b = 0; b < kValueBlocks; ++b) {
+    LoadValues(step + kDim + b * 64, slot, count, g, t, v[b]);
+  }
+  // The warps share out the query's operands.
+  const float* q_head = g < group ? F32Row(a.q, row) + (int64_t{first_head} + g) * kDim : nullptr;
+  for (int i = warp; i < 2 * kKeyBlocks; i += warps) {
+    uint32_t q[4];
+    QueryOperand(q_head, i / 2, i % 2, t, a.shape.scale * kLog2E, q);
+    query[i / 2][i % 2][lane] = make_uint4(q[0], q[1], q[2], q[3]);
+  }
+  __syncthreads();
+
+  float c[2][4] = {};
+#pragma unroll
+  for (int b = 0; b < kKeyBlocks; ++b) {
+    const uint4 low = query[b][0][lane], high = query[b][1][lane];
+    const uint32_t q[2][4] = {{low.x, low.y, low.z, low.w}, {high.x, high.y, high.z, high.w}};
+#pragma unroll
+    for (int tile = 0; tile < 2; ++tile) AddScores(q, k[tile][b], c[tile]);
+  }
+  float s[2][2];
+#pragma unroll
+  for (int tile = 0; tile < 2; ++tile) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      s[tile][i] = tile * 8 + 2 * t + i < count ? c[tile][i] + c[tile][i + 2] : -INFINITY;
+    }
+  }
+  const float max = MaxOfScores(s);
+  uint32_t p[4];
+  float den = WeightOperand(s, max == -INFINITY ? 0.0f : max, p);
+  den += __shfl_xor_sync(0xffffffffu, den, 1);
+  den += __shfl_xor_sync(0xffffffffu, den, 2);
+  if (t == 0) {
+    warp_max[warp][g] = max;
+    warp_den[warp][g] = den;
+  }
+#pragma unroll
+  for (int b = 0; b < kValueBlocks; ++b) {
+    float num[8][4] = {};
+    AddValues(p, v[b], num);
+    if (g >= group) continue;
+    float* to = warp_num + (warp * group + g) * kDim + b * 64 + 2 * t * 8;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      to[j] = num[j][0] + num[j][2];
+      to[8 + j] = num[j][1] + num[j][3];
+    }
+  }
+  __syncthreads();
+  MergeWarps(warp_max, warp_den, warp_num, group, warps, group, kDim,
+             [&](int head) { return RowResult(a, row, first_head + head); });
+}
+
+template <int kDim>
+void Launch(cudaStream_t stream, const DecodeArgs& args, int64_t tokens) {
+  const auto warps =
+      static_cast<unsigned>(std::max<int64_t>((tokens + kMatrixTokens - 1) / kMatrixTokens, 1));
+  const dim3 grid(static_cast<unsigned>(args.shape.kv_heads), static_cast<unsigned>(args.q.rows));
+  const size_t shared = warps * static_cast<size_t>(args.shape.group()) * kDim * sizeof(float);
+  LaunchBehind(stream, grid, 32 * warps, shared, "launch of DecodeAttention", ShortKernel<kDim>,
+               args);
+}
+
+}  // namespace
+
+void LaunchShortRows(cudaStream_t stream, const DecodeArgs& args, int64_t tokens) {
+  if (args.shape.head_dim == 64) return Launch<64>(stream, args, tokens);
+  Launch<128>(stream, args, tokens);
+}
+
+}  // namespace passel::gpu::cuda
