@@ -116,6 +116,8 @@ class Device {
   // Host memory that transfers to and from the device go through fast (pinned), 64-byte aligned.
   // Operations read and write it too.
   virtual std::unique_ptr<Buffer> AllocateStaging(size_t bytes) = 0;
+  // The same of memory that someone else keeps for longer than the buffer lives.
+  virtual std::unique_ptr<Buffer> PinStaging(std::span<std::byte> memory) = 0;
   virtual uint64_t allocated_bytes() const = 0;
   // `host` may also be memory of this device.
   virtual void CopyToDevice(void* device, const void* host, size_t bytes) = 0;

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <span>
 #include <string>
 #include <vector>
@@ -30,12 +31,21 @@ struct OutgoingFrame {
   static OutgoingFrame Own(FrameHeader header, std::vector<std::byte> payload);
 };
 
+// Memory of this process that peers on the same machine read where it lies. May outlive the
+// channel.
+class SharedMemory {
+ public:
+  virtual ~SharedMemory() = default;
+  virtual std::span<std::byte> bytes() const = 0;
+};
+
 enum class PeerState { kConnected, kLost };
 
 // Counters since the start; frames that were dropped never reached the handler. Bytes are those of
 // headers and payloads.
 struct ChannelStats {
   uint64_t frames_sent = 0, bytes_sent = 0;
+  uint64_t frames_referred = 0;  // of those sent: whose pieces the peer fetched from shared memory
   uint64_t frames_received = 0, bytes_received = 0;
   uint64_t dropped_malformed = 0;  // magic, version, check, size, type or source
   uint64_t dropped_nonce = 0;
@@ -64,6 +74,12 @@ class Channel {
   virtual void Send(RankId to, OutgoingFrame frame) = 0;
   // Send, from any thread: queued, and the owner thread woken from Wait.
   virtual void Post(RankId to, OutgoingFrame frame) = 0;
+
+  // `bytes` bytes for the pieces of frames to `readers`: those on this machine fetch them from
+  // there themselves, in parallel; until they say that they can, and to all others, frames travel
+  // as ever. Null where the transport has no such memory.
+  virtual std::shared_ptr<SharedMemory> ShareMemory(size_t bytes,
+                                                    std::span<const RankId> readers) = 0;
 
   // Advances communication without blocking; true if anything happened.
   virtual bool Progress() = 0;

@@ -18,11 +18,14 @@ class FrameGate {
  public:
   explicit FrameGate(RankId self) : self_(self) {}
 
+  RankId self() const { return self_; }
+  uint64_t nonce() const { return nonce_; }
   void set_nonce(uint64_t nonce) { nonce_ = nonce; }
   void set_epoch(uint32_t epoch) { epoch_ = epoch; }
   void AddPeer(RankId peer) { peers_.insert(peer); }
   // Frames of this rank are dropped from here on.
   void RemovePeer(RankId peer) { peers_.erase(peer); }
+  bool Knows(RankId peer) const { return peers_.contains(peer); }
 
   // Fills what the channel fills of an outgoing header, and seals it.
   void Stamp(FrameHeader& header, uint64_t payload_bytes);
@@ -31,6 +34,7 @@ class FrameGate {
   std::optional<FrameHeader> Admit(std::span<const std::byte> header_bytes, uint64_t payload_bytes);
   void CountDelivered(const FrameHeader& header);
   void CountSent(uint64_t payload_bytes);
+  void CountReferred() { ++stats_.frames_referred; }
   void CountMalformed() { ++stats_.dropped_malformed; }
   void CountOverflow() { ++stats_.dropped_overflow; }
 

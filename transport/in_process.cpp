@@ -155,6 +155,9 @@ class InProcessChannel final : public Channel {
   void SetFrameHandler(FrameHandler handler) override { on_frame_ = std::move(handler); }
   void SetPeerLostHandler(PeerHandler handler) override { on_lost_ = std::move(handler); }
   void SetEpoch(uint32_t epoch) override { gate_.set_epoch(epoch); }
+  std::shared_ptr<SharedMemory> ShareMemory(size_t, std::span<const RankId>) override {
+    return nullptr;
+  }
   const ChannelStats& stats() const override { return gate_.stats(); }
   PeerState peer_state(RankId rank) const override { return At(rank).state; }
   uint64_t PendingBytes(RankId rank) const override { return At(rank).pending; }

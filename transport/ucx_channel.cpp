@@ -1,9 +1,7 @@
 #include "transport/ucx_channel.h"
 
 #include <poll.h>
-#include <sys/eventfd.h>
 #include <ucp/api/ucp.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -20,6 +18,8 @@
 #include "transport/post_queue.h"
 #include "transport/ucx_handles.h"
 #include "transport/ucx_receiver.h"
+#include "transport/ucx_sharing.h"
+#include "transport/wake_event.h"
 
 namespace passel::transport {
 namespace {
@@ -31,46 +31,6 @@ constexpr int kSpins = 32;
 constexpr int kProgressBatch = 16;
 constexpr auto kForcedClose = std::chrono::milliseconds(100);
 
-// Ends a sleep of the owner thread, from any thread. The system is asked only where the owner
-// sleeps or is about to: a call to it costs more than the hand-over that it announces.
-class WakeEvent {
- public:
-  WakeEvent() : fd_(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)) {
-    if (fd_ < 0) {
-      throw Error(ErrorClass::kCluster, std::string("eventfd failed: ") + std::strerror(errno));
-    }
-  }
-  ~WakeEvent() { close(fd_); }
-  WakeEvent(const WakeEvent&) = delete;
-  WakeEvent& operator=(const WakeEvent&) = delete;
-
-  int fd() const { return fd_; }
-  bool is_set() const { return set_.load(std::memory_order_acquire); }
-  void Set() {
-    // Either this sees that the owner goes to sleep, or the owner sees that it is set.
-    if (!set_.exchange(true) && asleep_.load()) eventfd_write(fd_, 1);
-  }
-  // Returns whether it was set.
-  bool Clear() { return is_set() && set_.exchange(false); }
-  // The owner is about to sleep on fd(); false, and it must not, where it is set.
-  bool FallAsleep() {
-    asleep_ = true;
-    if (!set_.load()) return true;
-    asleep_ = false;
-    return false;
-  }
-  // `written`: fd() was readable. What is written later ends the next sleep, for nothing.
-  void Awake(bool written) {
-    asleep_ = false;
-    eventfd_t ignored;
-    if (written) eventfd_read(fd_, &ignored);
-  }
-
- private:
-  int fd_;
-  std::atomic<bool> set_{false}, asleep_{false};
-};
-
 class Impl final : public UcxChannel {
  public:
   explicit Impl(const UcxOptions& options)
@@ -78,7 +38,10 @@ class Impl final : public UcxChannel {
         gate_(options.self),
         context_(MakeUcxContext()),
         worker_(MakeUcxWorker(context_.get())),
-        receiver_(std::make_unique<UcxReceiver>(worker_.get(), &gate_, options.max_receive_bytes)) {
+        sharing_(std::make_unique<UcxSharing>(context_, worker_.get(), &gate_)),
+        receiver_(std::make_unique<UcxReceiver>(worker_.get(), &gate_, sharing_.get(),
+                                                options.max_receive_bytes)) {
+    SetUcxHandler(worker_.get(), kFetched, &Impl::OnFetched, this);
     CheckUcx(ucp_worker_get_efd(worker_.get(), &worker_fd_), "ucp_worker_get_efd");
   }
 
@@ -111,6 +74,7 @@ class Impl final : public UcxChannel {
   void Connect(const std::map<RankId, std::vector<std::byte>>& addresses, uint64_t nonce) override;
   void Send(RankId to, OutgoingFrame frame) override;
   void Post(RankId to, OutgoingFrame frame) override;
+  std::shared_ptr<SharedMemory> ShareMemory(size_t bytes, std::span<const RankId> readers) override;
   bool Progress() override;
   void Wait(std::chrono::milliseconds timeout) override;
   void ClosePeer(RankId peer) override;
@@ -132,9 +96,13 @@ class Impl final : public UcxChannel {
     std::function<void()> done;
     Peer* peer = nullptr;
     std::vector<ucp_dt_iov_t> pieces;  // where there are several
+    std::vector<std::byte> referral;   // where the peer fetches some of them
+    bool sent = false;
   };
 
   static void OnSent(void* request, ucs_status_t status, void* user_data);
+  static ucs_status_t OnFetched(void* arg, const void* header, size_t header_bytes, void* data,
+                                size_t bytes, const ucp_am_recv_param_t* param);
   static void OnPeerError(void* arg, ucp_ep_h endpoint, ucs_status_t status);
 
   Peer& At(RankId rank) const {
@@ -144,7 +112,9 @@ class Impl final : public UcxChannel {
   }
   static uint64_t WireBytes(uint64_t payload_bytes) { return kFrameHeaderBytes + payload_bytes; }
   void Start(Peer& peer, OutgoingFrame frame);
+  void Sent(Outgoing* out, ucs_status_t status);
   void Finish(Outgoing* out, ucs_status_t status);
+  bool SendFetched();
   void Drop(Peer& peer);
   void CloseEndpoint(Peer& peer, uint32_t flags);
   bool ProgressWorker();
@@ -163,14 +133,16 @@ class Impl final : public UcxChannel {
   PeerHandler on_lost_;
   WakeEvent wake_;
   PostQueue posts_;
-  UcxContext context_;
+  std::shared_ptr<ucp_context> context_;  // shared memory keeps it
   UcxWorker worker_;
+  std::unique_ptr<UcxSharing> sharing_;
   std::unique_ptr<UcxReceiver> receiver_;
   int worker_fd_ = -1;
   std::map<RankId, std::unique_ptr<Peer>> peers_;  // fixed once connected
   std::unordered_map<Outgoing*, std::unique_ptr<Outgoing>> outgoing_;
-  std::vector<std::function<void()>> done_;  // of sends that ended
-  std::vector<void*> closings_;              // requests of endpoints that are closing
+  std::unordered_map<uint64_t, Outgoing*> referrals_;  // of those, by sequence, until fetched
+  std::vector<std::function<void()>> done_;            // of sends that ended
+  std::vector<void*> closings_;                        // requests of endpoints that are closing
   bool any_failure_ = false;
   bool closed_ = false;
 };
@@ -228,7 +200,14 @@ void Impl::Start(Peer& peer, OutgoingFrame frame) {
   param.user_data = out;
   const void* payload = frame.payload.data();
   size_t count = frame.payload.size();
-  if (!frame.pieces.empty()) {
+  UcxMessage message = kWholeFrame;
+  out->referral = sharing_->Refer(peer.rank, frame);
+  if (!out->referral.empty()) {
+    message = kReferral;
+    payload = out->referral.data();
+    count = out->referral.size();
+    referrals_.emplace(out->header.sequence, out);
+  } else if (!frame.pieces.empty()) {
     const auto add = [out](std::span<const std::byte> piece) {
       // UCX does not write to what it sends.
       out->pieces.push_back({const_cast<std::byte*>(piece.data()), piece.size()});
@@ -240,18 +219,43 @@ void Impl::Start(Peer& peer, OutgoingFrame frame) {
     payload = out->pieces.data();
     count = out->pieces.size();
   }
-  const ucs_status_ptr_t request = ucp_am_send_nbx(peer.endpoint, /*id=*/0, &out->header,
+  const ucs_status_ptr_t request = ucp_am_send_nbx(peer.endpoint, message, &out->header,
                                                    kFrameHeaderBytes, payload, count, &param);
-  if (!UCS_PTR_IS_PTR(request)) Finish(out, UCS_PTR_STATUS(request));
+  if (!UCS_PTR_IS_PTR(request)) Sent(out, UCS_PTR_STATUS(request));
 }
 
 void Impl::OnSent(void* request, ucs_status_t status, void* user_data) {
   ucp_request_free(request);
   auto* out = static_cast<Outgoing*>(user_data);
-  out->peer->owner->Finish(out, status);
+  out->peer->owner->Sent(out, status);
+}
+
+// UCX is through with it; a peer that was referred to its pieces may not be.
+void Impl::Sent(Outgoing* out, ucs_status_t status) {
+  out->sent = true;
+  const bool awaited = status == UCS_OK && out->peer->state == PeerState::kConnected && !closed_ &&
+                       referrals_.contains(out->header.sequence);
+  if (!awaited) Finish(out, status);
+}
+
+ucs_status_t Impl::OnFetched(void* arg, const void* header, size_t header_bytes, void*, size_t,
+                             const ucp_am_recv_param_t*) {
+  auto* self = static_cast<Impl*>(arg);
+  const auto notice = ReadNotice(self->gate_, header, header_bytes);
+  const auto at = notice ? self->referrals_.find(notice->number) : self->referrals_.end();
+  if (at == self->referrals_.end() || at->second->peer->rank != RankId(notice->source)) {
+    self->gate_.CountMalformed();
+    return UCS_OK;
+  }
+  Outgoing* out = at->second;
+  self->referrals_.erase(at);
+  self->gate_.CountReferred();
+  if (out->sent) self->Finish(out, UCS_OK);
+  return UCS_OK;
 }
 
 void Impl::Finish(Outgoing* out, ucs_status_t status) {
+  referrals_.erase(out->header.sequence);
   const auto at = outgoing_.find(out);
   if (status == UCS_OK) gate_.CountSent(out->header.payload_bytes);
   out->peer->pending -= WireBytes(out->header.payload_bytes);
@@ -274,12 +278,33 @@ bool Impl::Progress() {
     any = true;
   }
   any |= ProgressWorker();
+  any |= sharing_->TakeOffers([this](RankId rank) { return At(rank).endpoint; });
   any |= receiver_->StartReceives();
+  any |= SendFetched();
   any |= receiver_->Deliver(on_frame_);
   any |= FreeEnded(closings_);
   any |= RunDone();
   any |= ReportLost();
   return any;
+}
+
+std::shared_ptr<SharedMemory> Impl::ShareMemory(size_t bytes, std::span<const RankId> readers) {
+  Check(!closed_, "ShareMemory after Close");
+  std::map<RankId, ucp_ep_h> endpoints;
+  for (const RankId rank : readers) {
+    if (At(rank).endpoint != nullptr) endpoints.emplace(rank, At(rank).endpoint);
+  }
+  return sharing_->Allocate(bytes, endpoints);
+}
+
+bool Impl::SendFetched() {
+  const auto fetched = receiver_->TakeFetched();
+  for (const auto& [rank, sequence] : fetched) {
+    const auto peer = peers_.find(rank);
+    if (peer == peers_.end() || peer->second->endpoint == nullptr) continue;
+    sharing_->SendFetched(peer->second->endpoint, sequence);
+  }
+  return !fetched.empty();
 }
 
 bool Impl::ProgressWorker() {
@@ -311,6 +336,11 @@ void Impl::Drop(Peer& peer) {
   peer.state = PeerState::kLost;
   peer.failure = UCS_OK;
   gate_.RemovePeer(peer.rank);
+  std::vector<Outgoing*> never_fetched;
+  for (const auto& [sequence, out] : referrals_) {
+    if (out->peer == &peer && out->sent) never_fetched.push_back(out);
+  }
+  for (Outgoing* out : never_fetched) Finish(out, UCS_ERR_CANCELED);
   if (peer.endpoint != nullptr) CloseEndpoint(peer, UCP_EP_CLOSE_FLAG_FORCE);
 }
 
@@ -400,12 +430,14 @@ void Impl::Close(std::chrono::milliseconds timeout) {
   ProgressUntil(ended, Clock::now() + kForcedClose);
 
   closed_ = true;
+  sharing_->Close();
   worker_.reset();
   // UCX is gone; whatever it did not complete ends here.
   receiver_.reset();
   while (!outgoing_.empty()) Finish(outgoing_.begin()->first, UCS_ERR_CANCELED);
   while (RunDone()) {
   }
+  sharing_.reset();
   context_.reset();
 }
 

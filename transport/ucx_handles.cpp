@@ -68,6 +68,17 @@ UcxWorker MakeUcxWorker(ucp_context_h context) {
   return UcxWorker(worker);
 }
 
+void SetUcxHandler(ucp_worker_h worker, unsigned id, ucp_am_recv_callback_t callback, void* arg) {
+  ucp_am_handler_param_t param{};
+  param.field_mask = UCP_AM_HANDLER_PARAM_FIELD_ID | UCP_AM_HANDLER_PARAM_FIELD_FLAGS |
+                     UCP_AM_HANDLER_PARAM_FIELD_CB | UCP_AM_HANDLER_PARAM_FIELD_ARG;
+  param.id = id;
+  param.flags = UCP_AM_FLAG_WHOLE_MSG;
+  param.cb = callback;
+  param.arg = arg;
+  CheckUcx(ucp_worker_set_am_recv_handler(worker, &param), "ucp_worker_set_am_recv_handler");
+}
+
 namespace {
 
 // "2:tcp/eth0.0" → {"tcp", "eth0"}; empty where it is nothing of the kind.

@@ -31,6 +31,9 @@ void SetUcxDefaults();
 UcxContext MakeUcxContext();
 UcxWorker MakeUcxWorker(ucp_context_h context);
 
+// Whole active messages of number `id` go to `callback`.
+void SetUcxHandler(ucp_worker_h worker, unsigned id, ucp_am_recv_callback_t callback, void* arg);
+
 // Which transports carry an endpoint's bytes: "shared memory (posix)", "tcp (eth0)", …
 std::string DescribeUcxEndpoint(ucp_ep_h endpoint);
 

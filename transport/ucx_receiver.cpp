@@ -19,18 +19,14 @@ bool IsAligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0;
 
 }  // namespace
 
-UcxReceiver::UcxReceiver(ucp_worker_h worker, FrameGate* gate, uint64_t max_receive_bytes)
+UcxReceiver::UcxReceiver(ucp_worker_h worker, FrameGate* gate, const UcxSharing* sharing,
+                         uint64_t max_receive_bytes)
     : worker_(worker),
       gate_(gate),
+      sharing_(sharing),
       pool_(std::max(max_receive_bytes, MaxPayloadBytes(FrameType::kKv)), kKeepBytes) {
-  ucp_am_handler_param_t param{};
-  param.field_mask = UCP_AM_HANDLER_PARAM_FIELD_ID | UCP_AM_HANDLER_PARAM_FIELD_FLAGS |
-                     UCP_AM_HANDLER_PARAM_FIELD_CB | UCP_AM_HANDLER_PARAM_FIELD_ARG;
-  param.id = 0;
-  param.flags = UCP_AM_FLAG_WHOLE_MSG;
-  param.cb = &UcxReceiver::OnMessage;
-  param.arg = this;
-  CheckUcx(ucp_worker_set_am_recv_handler(worker_, &param), "ucp_worker_set_am_recv_handler");
+  SetUcxHandler(worker_, kWholeFrame, &UcxReceiver::OnMessage, this);
+  SetUcxHandler(worker_, kReferral, &UcxReceiver::OnReferral, this);
 }
 
 ucs_status_t UcxReceiver::OnMessage(void* arg, const void* header, size_t header_bytes, void* data,
@@ -76,12 +72,59 @@ ucs_status_t UcxReceiver::Arrived(const FrameHeader& header, void* data, uint64_
   return UCS_OK;
 }
 
+ucs_status_t UcxReceiver::OnReferral(void* arg, const void* header_data, size_t header_bytes,
+                                     void* data, size_t bytes, const ucp_am_recv_param_t* param) {
+  auto* self = static_cast<UcxReceiver*>(arg);
+  if (self->stopped_) return UCS_OK;
+  const std::span header(static_cast<const std::byte*>(header_data), header_bytes);
+  const bool whole = (param->recv_attr & UCP_AM_RECV_ATTR_FLAG_RNDV) == 0;
+  const auto parsed = ParseFrameHeader(header, nullptr);
+  if (!parsed || !whole) {
+    self->gate_->CountMalformed();
+    return UCS_OK;
+  }
+  const auto* begin = static_cast<const std::byte*>(data);
+  auto large = std::make_unique<LargeFrame>();
+  large->referral.assign(begin, begin + bytes);
+  uint64_t payload = 0;
+  for (const auto& part : self->sharing_->Resolve(RankId(parsed->source), large->referral)) {
+    payload += part.size();
+  }
+  const auto admitted = self->gate_->Admit(header, payload);
+  if (admitted && self->announced_.size() < kMaxAnnounced) {
+    large->frame.header = *admitted;
+    self->announced_.push_back(std::move(large));
+    return UCS_OK;
+  }
+  if (admitted) self->gate_->CountOverflow();
+  // Its sender waits for this, as for the end of any send.
+  self->fetched_.emplace_back(RankId(parsed->source), parsed->sequence);
+  return UCS_OK;
+}
+
+void UcxReceiver::Fetch(LargeFrame& large) {
+  const RankId source(large.frame.header.source);
+  std::byte* to = large.frame.buffer.data.get();
+  for (const auto& part : sharing_->Resolve(source, large.referral)) {
+    std::memcpy(to, part.data(), part.size());
+    to += part.size();
+  }
+  fetched_.emplace_back(source, large.frame.header.sequence);
+  ready_.push_back(std::move(large.frame));
+}
+
 bool UcxReceiver::StartReceives() {
   bool any = false;
   while (!announced_.empty()) {
     LargeFrame* large = announced_.front().get();
     large->frame.buffer = pool_.TryAcquire(large->frame.header.payload_bytes);
     if (large->frame.buffer.data == nullptr) break;
+    if (large->descriptor == nullptr) {
+      Fetch(*large);
+      announced_.pop_front();
+      any = true;
+      continue;
+    }
     receiving_.push_back(std::move(announced_.front()));
     announced_.pop_front();
     any = true;
@@ -149,7 +192,9 @@ void UcxReceiver::Stop() {
   stopped_ = true;
   for (Frame& frame : ready_) Recycle(frame);
   ready_.clear();
-  for (const auto& large : announced_) ucp_am_data_release(worker_, large->descriptor);
+  for (const auto& large : announced_) {
+    if (large->descriptor != nullptr) ucp_am_data_release(worker_, large->descriptor);
+  }
   announced_.clear();
 }
 

@@ -5,11 +5,13 @@
 #include <cstdint>
 #include <deque>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "transport/buffer_pool.h"
 #include "transport/channel.h"
 #include "transport/frame_gate.h"
+#include "transport/ucx_sharing.h"
 
 namespace passel::transport {
 
@@ -18,12 +20,17 @@ namespace passel::transport {
 // is allocated for its payload. One thread.
 class UcxReceiver {
  public:
-  UcxReceiver(ucp_worker_h worker, FrameGate* gate, uint64_t max_receive_bytes);
+  UcxReceiver(ucp_worker_h worker, FrameGate* gate, const UcxSharing* sharing,
+              uint64_t max_receive_bytes);
   UcxReceiver(const UcxReceiver&) = delete;
   UcxReceiver& operator=(const UcxReceiver&) = delete;
 
-  // Starts receiving announced large frames as far as memory allows; true if any was.
+  // Starts receiving announced large frames and copies those that were referred to, as far as
+  // memory allows; true if any was.
   bool StartReceives();
+  // Referrals whose pieces are no longer read: their sources and sequences.
+  using Fetched = std::vector<std::pair<RankId, uint64_t>>;
+  Fetched TakeFetched() { return std::exchange(fetched_, {}); }
   // Hands what has arrived to `handler`; true if anything was.
   bool Deliver(const Channel::FrameHandler& handler);
   bool has_frames() const { return !ready_.empty(); }
@@ -38,26 +45,34 @@ class UcxReceiver {
     BufferPool::Buffer buffer;
     void* held = nullptr;
   };
-  // A large frame that the sender announced; `descriptor` until its receive starts.
+  // A frame that the sender announced, in full by a descriptor, until its receive starts, or by
+  // what a referral holds.
   struct LargeFrame {
     Frame frame;
     void* descriptor = nullptr;
+    std::vector<std::byte> referral;
     UcxReceiver* owner = nullptr;
   };
 
   static ucs_status_t OnMessage(void* arg, const void* header, size_t header_bytes, void* data,
                                 size_t bytes, const ucp_am_recv_param_t* param);
+  static ucs_status_t OnReferral(void* arg, const void* header, size_t header_bytes, void* data,
+                                 size_t bytes, const ucp_am_recv_param_t* param);
   static void OnReceived(void* request, ucs_status_t status, size_t bytes, void* user_data);
   ucs_status_t Arrived(const FrameHeader& header, void* data, uint64_t flags);
   void Finish(LargeFrame* large, ucs_status_t status);
   void Recycle(Frame& frame);
 
+  void Fetch(LargeFrame& large);
+
   ucp_worker_h worker_;
   FrameGate* gate_;
+  const UcxSharing* sharing_;
   BufferPool pool_;
   std::deque<Frame> ready_;
   std::deque<std::unique_ptr<LargeFrame>> announced_;
   std::vector<std::unique_ptr<LargeFrame>> receiving_;
+  Fetched fetched_;
   bool stopped_ = false;
 };
 

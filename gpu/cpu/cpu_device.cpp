@@ -48,6 +48,16 @@ std::string CpuName() {
   return "x86-64";
 }
 
+class ForeignBuffer final : public Buffer {
+ public:
+  explicit ForeignBuffer(std::span<std::byte> memory) : memory_(memory) {}
+  void* data() const override { return memory_.data(); }
+  size_t bytes() const override { return memory_.size(); }
+
+ private:
+  std::span<std::byte> memory_;
+};
+
 }  // namespace
 
 CpuDevice::CpuDevice(const DeviceOptions& options, const Kernels& kernels)
@@ -68,6 +78,10 @@ std::unique_ptr<Buffer> CpuDevice::Allocate(size_t bytes) { return MakeBuffer(le
 
 std::unique_ptr<Buffer> CpuDevice::AllocateStaging(size_t bytes) {
   return MakeBuffer(nullptr, bytes);
+}
+
+std::unique_ptr<Buffer> CpuDevice::PinStaging(std::span<std::byte> memory) {
+  return std::make_unique<ForeignBuffer>(memory);
 }
 
 void CpuDevice::CopyToDevice(void* device, const void* host, size_t bytes) {

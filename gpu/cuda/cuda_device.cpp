@@ -116,6 +116,10 @@ std::unique_ptr<Buffer> CudaDevice::AllocateStaging(size_t bytes) {
   return MakePinnedBuffer(bytes);
 }
 
+std::unique_ptr<Buffer> CudaDevice::PinStaging(std::span<std::byte> memory) {
+  return PinBuffer(memory);
+}
+
 void CudaDevice::CopyToDevice(void* device, const void* host, size_t bytes) {
   if (bytes == 0 || device == host) return;
   CheckCuda(cudaMemcpyAsync(device, host, bytes, cudaMemcpyDefault, IssueTo()),

@@ -38,6 +38,7 @@ class CudaDevice final : public Device {
   DType activation_type() const override { return DType::kBf16; }
   std::unique_ptr<Buffer> Allocate(size_t bytes) override;
   std::unique_ptr<Buffer> AllocateStaging(size_t bytes) override;
+  std::unique_ptr<Buffer> PinStaging(std::span<std::byte> memory) override;
   uint64_t allocated_bytes() const override { return ledger_->used; }
   void CopyToDevice(void* device, const void* host, size_t bytes) override;
   void CopyToHost(void* host, const void* device, size_t bytes) override;

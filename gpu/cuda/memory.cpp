@@ -85,6 +85,25 @@ class PinnedBuffer final : public Buffer {
   void* data_ = nullptr;
 };
 
+class ForeignBuffer final : public Buffer {
+ public:
+  explicit ForeignBuffer(std::span<std::byte> memory) : memory_(memory) {
+    const cudaError_t code =
+        cudaHostRegister(memory.data(), memory.size(), cudaHostRegisterPortable);
+    if (IsRefusal(code)) Refused("pinned host", memory.size(), code);
+    CheckCuda(code, "cudaHostRegister");
+  }
+  ~ForeignBuffer() override { cudaHostUnregister(memory_.data()); }
+  ForeignBuffer(const ForeignBuffer&) = delete;
+  ForeignBuffer& operator=(const ForeignBuffer&) = delete;
+
+  void* data() const override { return memory_.data(); }
+  size_t bytes() const override { return memory_.size(); }
+
+ private:
+  std::span<std::byte> memory_;
+};
+
 }  // namespace
 
 std::unique_ptr<Buffer> MakeDeviceBuffer(std::shared_ptr<Ledger> ledger, size_t bytes) {
@@ -93,6 +112,10 @@ std::unique_ptr<Buffer> MakeDeviceBuffer(std::shared_ptr<Ledger> ledger, size_t 
 
 std::unique_ptr<Buffer> MakePinnedBuffer(size_t bytes) {
   return std::make_unique<PinnedBuffer>(bytes);
+}
+
+std::unique_ptr<Buffer> PinBuffer(std::span<std::byte> memory) {
+  return std::make_unique<ForeignBuffer>(memory);
 }
 
 void* Scratch::Get(size_t bytes) {

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <span>
 
 #include "gpu/device.h"
 
@@ -24,6 +25,8 @@ struct Ledger {
 std::unique_ptr<Buffer> MakeDeviceBuffer(std::shared_ptr<Ledger> ledger, size_t bytes);
 // Pinned host memory, readable by kernels under the same address. Throws Error{kMemory}.
 std::unique_ptr<Buffer> MakePinnedBuffer(size_t bytes);
+// The same of memory that is there.
+std::unique_ptr<Buffer> PinBuffer(std::span<std::byte> memory);
 
 // Device memory that grows to the largest size ever asked for. Not counted against the limit: it is
 // bounded by shapes, not by load.

@@ -6,6 +6,7 @@
 #include <chrono>
 #include <cstring>
 #include <thread>
+#include <utility>
 
 #include "runtime/base/error.h"
 #include "runtime/base/random.h"
@@ -73,6 +74,30 @@ void HostLink::Pump(std::chrono::milliseconds wait) {
                     std::to_string(static_cast<int>(seconds)) + " s");
   }
   if (!lost_.empty()) throw Error(ErrorClass::kCluster, lost_);
+}
+
+std::unique_ptr<gpu::Buffer> HostLink::AllocateStaging(gpu::Device& device, size_t bytes) {
+  class SharedStaging final : public gpu::Buffer {
+   public:
+    SharedStaging(std::shared_ptr<transport::SharedMemory> memory,
+                  std::unique_ptr<gpu::Buffer> pinned)
+        : memory_(std::move(memory)), pinned_(std::move(pinned)) {}
+    void* data() const override { return pinned_->data(); }
+    size_t bytes() const override { return pinned_->bytes(); }
+
+   private:
+    std::shared_ptr<transport::SharedMemory> memory_;
+    std::unique_ptr<gpu::Buffer> pinned_;  // goes first
+  };
+  if (auto memory = channel_.ShareMemory(bytes, host_ranks_)) {
+    try {
+      auto pinned = device.PinStaging(memory->bytes());
+      return std::make_unique<SharedStaging>(std::move(memory), std::move(pinned));
+    } catch (const Error& e) {
+      spdlog::info("queries are copied, not read by hosts where they lie: {}", e.what());
+    }
+  }
+  return device.AllocateStaging(bytes);
 }
 
 uint64_t HostLink::Ticket(uint64_t step, int32_t layer, uint16_t micro_batch, uint32_t part) {

@@ -42,8 +42,8 @@ MicroBatch::MicroBatch(Workspace& workspace, uint16_t number, int64_t max_rows)
   partials_.num = Matrix<float>(partial_memory_, gpu::DType::kF32, max_rows, heads * shape.head_dim,
                                 2 * scalars);
   if (!w_.link) return;
-  queries_->q =
-      w_.device.AllocateStaging(n * static_cast<size_t>(heads * shape.head_dim) * sizeof(bf16));
+  queries_->q = w_.link->AllocateStaging(
+      w_.device, n * static_cast<size_t>(heads * shape.head_dim) * sizeof(bf16));
   evicted_memory_ = w_.device.Allocate(2 * n * static_cast<size_t>(cols) * sizeof(bf16));
   evicted_k_ = Matrix<bf16>(evicted_memory_, gpu::DType::kBf16, max_rows, cols);
   evicted_v_ = Matrix<bf16>(evicted_memory_, gpu::DType::kBf16, max_rows, cols,
@@ -56,7 +56,7 @@ MicroBatch::MicroBatch(Workspace& workspace, uint16_t number, int64_t max_rows)
   means_memory_ = w_.device.Allocate(n * static_cast<size_t>(cols) * sizeof(float));
   evicted_means_ = Matrix<float>(means_memory_, gpu::DType::kF32, max_rows, cols);
   queries_->codes =
-      w_.device.AllocateStaging(n * static_cast<size_t>(heads * l) * sizeof(uint16_t));
+      w_.link->AllocateStaging(w_.device, n * static_cast<size_t>(heads * l) * sizeof(uint16_t));
   codes_ = Matrix<uint16_t>(queries_->codes, gpu::DType::kU16, max_rows, heads * l);
   evicted_codes_ = shape.kv_heads * l;
 }

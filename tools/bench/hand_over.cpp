@@ -86,6 +86,10 @@ class StampingChannel final : public transport::Channel {
     Note(frame.header, to, FrameType::kPartial, kReplied, Now());
     channel_.Post(to, std::move(frame));
   }
+  std::shared_ptr<transport::SharedMemory> ShareMemory(size_t bytes,
+                                                       std::span<const RankId> readers) override {
+    return channel_.ShareMemory(bytes, readers);
+  }
   bool Progress() override { return channel_.Progress(); }
   void Wait(milliseconds timeout) override { channel_.Wait(timeout); }
   void Wake() override { channel_.Wake(); }
@@ -197,9 +201,10 @@ class Model {
     const auto n = static_cast<int64_t>(a_.batch);
     const int64_t cols = shape.heads * shape.head_dim, code_cols = shape.heads * 150;
     const auto q_memory = device_.Allocate(static_cast<size_t>(n * cols) * sizeof(float));
-    const std::shared_ptr<gpu::Buffer> q_host = device_.AllocateStaging(q_memory->bytes() / 2);
+    const std::shared_ptr<gpu::Buffer> q_host =
+        link_.AllocateStaging(device_, q_memory->bytes() / 2);
     const auto codes_host =
-        device_.AllocateStaging(static_cast<size_t>(n * code_cols) * sizeof(uint16_t));
+        link_.AllocateStaging(device_, static_cast<size_t>(n * code_cols) * sizeof(uint16_t));
     const auto scratch = device_.Allocate(codes_host->bytes());
     const Tensor q{q_memory->data(), DType::kF32, n, cols, cols};
     const Tensor q_out{q_host->data(), DType::kBf16, n, cols, cols};
