@@ -4,7 +4,6 @@
 #include <chrono>
 #include <cmath>
 #include <cstring>
-#include <iterator>
 #include <numeric>
 #include <utility>
 
@@ -23,15 +22,6 @@ uint64_t Nanoseconds() {
 // Tokens of one unit of exact attention: a long segment's units are long, as each begins with rows
 // that nobody prefetched; a short one's are many enough for all threads.
 uint32_t ExactTile(uint32_t tokens) { return tokens > 16384 ? 4096 : 1024; }
-
-// The values from `first` on become bf16, two in a float's place.
-void RoundNum(std::vector<float>& values, size_t first) {
-  const size_t count = values.size() - first;
-  auto* rounded = reinterpret_cast<bf16*>(Scratch::Local().work(count / 2));
-  std::transform(values.begin() + static_cast<ptrdiff_t>(first), values.end(), rounded, ToBf16);
-  values.resize(first + count / 2);
-  std::memcpy(&values[first], rounded, count * sizeof(bf16));
-}
 
 }  // namespace
 
@@ -52,17 +42,18 @@ Scratch& Scratch::Local() {
 }
 
 Batch::Batch(const Options& options, const Kernels& kernels, AttendBatch batch,
-             std::vector<Item> items)
+             std::vector<Item> items, std::shared_ptr<std::vector<float>> results)
     : options_(options),
       kernels_(kernels),
       batch_(std::move(batch)),
       items_(std::move(items)),
+      results_(std::move(results)),
       merged_(items_.size()) {
   size_t floats = 0;
   const auto add = [&](uint32_t item, uint32_t view, uint32_t head, uint32_t first, uint32_t last) {
     units_.push_back({item, view, head, first, last, floats});
     // Whole cache lines, so that threads do not share one.
-    floats += RoundUp(HeadsOf(units_.back()) * (options_.head_dim + 2), 16);
+    floats += RoundUp(FloatsOf(HeadsOf(units_.back())), 16);
   };
   units_.reserve(items_.size() * options_.group);
   for (uint32_t i = 0; i < items_.size(); ++i) {
@@ -84,13 +75,48 @@ Batch::Batch(const Options& options, const Kernels& kernels, AttendBatch batch,
     merged_[i].last = units_.size();
     merged_[i].left = units_.size() - merged_[i].first;
   }
-  results_ = std::make_unique_for_overwrite<float[]>(floats);
+  if (results_->size() < floats) results_->resize(floats);
   sampled_.resize(units_.size());
   if (batch_.collect_ids) ids_.resize(units_.size());
+  MakePartials();
+}
+
+// Their memory is taken here, so that threads write to it and ask for none.
+void Batch::MakePartials() {
+  const size_t group = options_.group;
+  const auto add = [&](uint32_t item, int32_t segment) {
+    PartialItem& p = partials_.emplace_back();
+    p.item = item;
+    p.segment = segment;
+    p.sampled.assign(group, 0);
+    if (batch_.collect_ids) p.ids.resize(group);
+  };
+  partials_.reserve(items_.size());
+  for (uint32_t i = 0; i < items_.size(); ++i) {
+    merged_[i].partial = partials_.size();
+    if (!options_.deterministic) add(i, -1);
+    for (const SegmentView& view : items_[i].views) {
+      if (options_.deterministic) add(i, static_cast<int32_t>(view.segment->number()));
+    }
+  }
+  const size_t num = group * options_.head_dim;
+  const size_t floats = 2 * group + (batch_.bf16_num ? (num + 1) / 2 : num);
+  const size_t stride = RoundUp(floats, 16);
+  const size_t all = stride * partials_.size();
+  const std::shared_ptr<float> memory =
+      batch_.memory ? batch_.memory(all)
+                    : std::shared_ptr<float>(new float[all], std::default_delete<float[]>());
+  for (size_t i = 0; i < partials_.size(); ++i) {
+    partials_[i].values = std::span(memory.get() + i * stride, floats);
+    partials_[i].memory = memory;
+  }
+  for (uint32_t i = 0; i < items_.size(); ++i) {
+    if (merged_[i].first == merged_[i].last) MergeItem(i);  // nothing of it is here
+  }
 }
 
 Batch::Partials Batch::PartialsOf(const Unit& unit) {
-  float* at = results_.get() + unit.out;
+  float* at = results_->data() + unit.out;
   return {at, at + HeadsOf(unit), at + 2 * HeadsOf(unit)};
 }
 
@@ -222,28 +248,12 @@ void Batch::RunOracle(size_t index, const SegmentView& view, const QueryItem& it
   if (batch_.collect_ids) ids_[index] = std::move(ids);
 }
 
-PartialItem Batch::Empty(uint32_t item, int32_t segment) const {
-  PartialItem p;
-  p.item = item;
-  p.segment = segment;
-  p.sampled.assign(options_.group, 0);
-  p.values.resize(size_t{options_.group} * (options_.head_dim + 2));
-  std::fill_n(p.values.begin(), options_.group, kEmptyMax);
-  if (batch_.collect_ids) p.ids.resize(options_.group);
-  return p;
-}
-
-void Batch::Merge(size_t index, PartialItem& into) {
+// Adds a unit's tokens to those that contributed.
+void Batch::Count(size_t index, PartialItem& into) {
   const Unit& unit = units_[index];
-  const Partials from = PartialsOf(unit);
-  const size_t d = options_.head_dim, group = options_.group;
-  float* values = into.values.data();
   const size_t first = unit.head == kAllHeads ? 0 : unit.head;
   const uint64_t offset = items_[unit.item].views[unit.view].segment->spec().first_token;
-  for (size_t h = 0; h < HeadsOf(unit); ++h) {
-    const size_t at = first + h;
-    MergePartial({&values[at], &values[group + at], &values[2 * group + at * d]}, from.max[h],
-                 from.den[h], from.num + h * d, d);
+  for (size_t at = first; at < first + HeadsOf(unit); ++at) {
     into.sampled[at] += sampled_[index];
     if (!batch_.collect_ids) continue;
     for (const uint32_t id : ids_[index]) into.ids[at].push_back(offset + id);
@@ -252,29 +262,48 @@ void Batch::Merge(size_t index, PartialItem& into) {
   }
 }
 
-void Batch::MergeItem(uint32_t item) {
-  Result& result = merged_[item];
-  if (!options_.deterministic) result.partials.push_back(Empty(item, -1));
-  size_t at = result.first;
-  for (uint32_t v = 0; v < items_[item].views.size(); ++v) {
-    if (options_.deterministic) {
-      const uint32_t number = items_[item].views[v].segment->number();
-      result.partials.push_back(Empty(item, static_cast<int32_t>(number)));
+void Batch::MergeUnits(size_t first, size_t last, PartialItem& into) {
+  const size_t d = options_.head_dim, group = options_.group;
+  for (size_t i = first; i < last; ++i) Count(i, into);
+  // The group's values in float32: what the only unit found, or the sum of all.
+  float* sum = batch_.bf16_num ? Scratch::Local().work(FloatsOf(group)) : into.values.data();
+  if (last - first == 1 && units_[first].head == kAllHeads) {
+    float* only = PartialsOf(units_[first]).max;
+    if (batch_.bf16_num) {
+      sum = only;
+    } else {
+      std::copy_n(only, FloatsOf(group), sum);
     }
-    for (; at < result.last && units_[at].view == v; ++at) Merge(at, result.partials.back());
+  } else {
+    std::fill_n(sum, group, kEmptyMax);
+    std::fill_n(sum + group, FloatsOf(group) - group, 0.0f);
+    for (size_t i = first; i < last; ++i) {
+      const Partials from = PartialsOf(units_[i]);
+      const size_t head = units_[i].head == kAllHeads ? 0 : units_[i].head;
+      for (size_t h = 0; h < HeadsOf(units_[i]); ++h) {
+        const size_t at = head + h;
+        MergePartial({&sum[at], &sum[group + at], &sum[2 * group + at * d]}, from.max[h],
+                     from.den[h], from.num + h * d, d);
+      }
+    }
   }
   if (!batch_.bf16_num) return;
-  for (PartialItem& p : result.partials) RoundNum(p.values, 2 * size_t{options_.group});
+  std::copy_n(sum, 2 * group, into.values.data());
+  auto* num = reinterpret_cast<bf16*>(into.values.data() + 2 * group);
+  std::transform(sum + 2 * group, sum + FloatsOf(group), num, ToBf16);
 }
 
-std::vector<PartialItem> Batch::Finish() {
-  std::vector<PartialItem> all;
-  for (uint32_t i = 0; i < items_.size(); ++i) {
-    Result& result = merged_[i];
-    if (result.first == result.last) MergeItem(i);  // nothing of it is here
-    std::move(result.partials.begin(), result.partials.end(), std::back_inserter(all));
+void Batch::MergeItem(uint32_t item) {
+  const Result& result = merged_[item];
+  if (!options_.deterministic) {
+    return MergeUnits(result.first, result.last, partials_[result.partial]);
   }
-  return all;
+  size_t at = result.first;
+  for (uint32_t v = 0; v < items_[item].views.size(); ++v) {
+    const size_t first = at;
+    while (at < result.last && units_[at].view == v) ++at;
+    MergeUnits(first, at, partials_[result.partial + v]);
+  }
 }
 
 }  // namespace passel::host

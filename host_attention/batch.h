@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "host_attention/host_attention.h"
@@ -40,15 +41,20 @@ class Batch {
   struct Item {
     std::vector<SegmentView> views;  // in the order of the segments
   };
-  Batch(const Options& options, const Kernels& kernels, AttendBatch batch, std::vector<Item> items);
+  // results: memory for what units find.
+  Batch(const Options& options, const Kernels& kernels, AttendBatch batch, std::vector<Item> items,
+        std::shared_ptr<std::vector<float>> results);
 
   size_t units() const { return units_.size(); }
   void Run(size_t unit);
   // After all units: the partials, in order.
-  std::vector<PartialItem> Finish();
+  std::vector<PartialItem> Finish() { return std::move(partials_); }
   const std::vector<Item>& items() const { return items_; }
   // Lets go of the segments, so that a released request's memory is free before `done` runs.
-  void Drop() { items_.clear(); }
+  void Drop() {
+    items_.clear();
+    results_.reset();
+  }
 
  private:
   static constexpr uint32_t kAllHeads = UINT32_MAX;
@@ -60,25 +66,27 @@ class Batch {
     uint32_t first, last;
     size_t out;
   };
-  // Its views' partials, once the last of its units, units_[first … last), has merged them.
+  // An item's units, units_[first … last); the last of them to end merges all into its partials,
+  // partials_[partial …).
   struct Result {
-    size_t first = 0, last = 0;
+    size_t first = 0, last = 0, partial = 0;
     std::atomic<size_t> left{0};
-    std::vector<PartialItem> partials;
   };
   struct Partials {
     float *max, *den, *num;
   };
   size_t HeadsOf(const Unit& unit) const { return unit.head == kAllHeads ? options_.group : 1; }
+  size_t FloatsOf(size_t heads) const { return heads * (options_.head_dim + 2); }
   Partials PartialsOf(const Unit& unit);
+  void MakePartials();
   void RunUnit(size_t index, const Partials& out);
   void RunExact(size_t index, const SegmentView& view, const float* q, const Partials& out);
   void RunLsh(size_t index, const SegmentView& view, const QueryItem& item, const Partials& out);
   void RunTopK(size_t index, const SegmentView& view, const float* q, const Partials& out);
   void RunOracle(size_t index, const SegmentView& view, const QueryItem& item, const Partials& out);
   void MergeItem(uint32_t item);
-  void Merge(size_t unit, PartialItem& into);
-  PartialItem Empty(uint32_t item, int32_t segment) const;
+  void MergeUnits(size_t first, size_t last, PartialItem& into);
+  void Count(size_t unit, PartialItem& into);
 
   const Options options_;
   const Kernels& kernels_;
@@ -86,10 +94,11 @@ class Batch {
   std::vector<Item> items_;
   std::vector<Unit> units_;
   // What units find; each writes its own part, so that none is touched before.
-  std::unique_ptr<float[]> results_;
+  std::shared_ptr<std::vector<float>> results_;
   std::vector<uint64_t> sampled_;           // tokens, by unit
   std::vector<std::vector<uint32_t>> ids_;  // by unit, where they are collected
   std::vector<Result> merged_;              // by item
+  std::vector<PartialItem> partials_;
 };
 
 }  // namespace passel::host

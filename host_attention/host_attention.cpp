@@ -14,6 +14,7 @@
 #include "host_attention/segment.h"
 #include "runtime/base/checked_math.h"
 #include "runtime/base/error.h"
+#include "runtime/base/recycler.h"
 
 namespace passel::host {
 namespace {
@@ -146,6 +147,8 @@ struct HostAttention::Impl {
   const std::shared_ptr<Account> account;
   const Mean no_mean;
   std::unordered_map<RequestId, Request> requests;
+  Recycler<std::vector<float>> results{
+      16, uint64_t{4} << 20, [](const std::vector<float>& v) { return v.size() * sizeof(float); }};
   std::unique_ptr<Pool> pool;  // last, so that its jobs end first
 };
 
@@ -303,9 +306,9 @@ Status HostAttention::Attend(AttendBatch batch,
     const Status status = impl_->Prepare(batch, batch.items[i], &items[i]);
     if (status != Status::kOk) return status;
   }
-  impl_->Start(
-      std::make_shared<Batch>(impl_->options, impl_->kernels, std::move(batch), std::move(items)),
-      std::move(done));
+  impl_->Start(std::make_shared<Batch>(impl_->options, impl_->kernels, std::move(batch),
+                                       std::move(items), impl_->results.Take()),
+               std::move(done));
   return Status::kOk;
 }
 

@@ -115,14 +115,16 @@ struct PartialItem {
   uint32_t item;  // index of the QueryItem
   int32_t segment;
   std::vector<uint64_t> sampled;  // [group] tokens that contributed
-  std::vector<float> values;      // max, den and num, one behind the other
+  std::span<float> values;        // max, den and num, one behind the other
+  std::shared_ptr<float> memory;  // that holds them, with those of the batch's other partials
   // [group] the tokens, ascending within a segment; only where AttendBatch::collect_ids is set.
   std::vector<std::vector<uint64_t>> ids;
 
   // [group], [group] and [group, head_dim].
-  auto max() const { return std::span(values).first(sampled.size()); }
-  auto den() const { return std::span(values).subspan(sampled.size(), sampled.size()); }
-  auto num() const { return std::span(values).subspan(2 * sampled.size()); }  // not where bf16_num
+  std::span<const float> max() const { return values.first(sampled.size()); }
+  std::span<const float> den() const { return values.subspan(sampled.size(), sampled.size()); }
+  // Not where bf16_num.
+  std::span<const float> num() const { return values.subspan(2 * sampled.size()); }
 };
 
 struct AttendBatch {
@@ -131,6 +133,8 @@ struct AttendBatch {
   bool collect_ids = false;
   // num comes rounded to bf16, two to a float of PartialItem::values.
   bool bf16_num = false;
+  // Where set, gives the memory of the partials' values; called once, by Attend.
+  std::function<std::shared_ptr<float>(size_t floats)> memory;
   // Thread time spent finding tokens and attending to them is added here, where set; to be read
   // once the batch is done.
   struct Times {

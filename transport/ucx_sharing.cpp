@@ -139,32 +139,28 @@ ucs_status_t UcxSharing::OnTaken(void* arg, const void* header, size_t header_by
   return UCS_OK;
 }
 
-const UcxSharing::Region* UcxSharing::Find(RankId peer, std::span<const std::byte> piece) const {
-  for (const auto& own : own_) {
-    // What it points to lives as long as the piece in it, which its sender keeps.
-    const auto region = own.lock();
-    if (region == nullptr || !region->readers.contains(peer)) continue;
-    const std::span<const std::byte> memory = region->memory;
-    if (piece.data() >= memory.data() &&
-        piece.data() + piece.size() <= memory.data() + memory.size()) {
-      return region.get();
-    }
-  }
-  return nullptr;
-}
-
 std::vector<std::byte> UcxSharing::Refer(RankId to, const OutgoingFrame& frame) const {
-  if (own_.empty() || frame.pieces.empty()) return {};
+  if (frame.pieces.empty()) return {};
+  std::vector<std::shared_ptr<const Region>> readable;
+  for (const auto& own : own_) {
+    auto region = own.lock();
+    if (region != nullptr && region->readers.contains(to)) readable.push_back(std::move(region));
+  }
+  if (readable.empty()) return {};
   std::vector<Part> parts;
+  parts.reserve(frame.pieces.size() + 1);
   std::vector<std::span<const std::byte>> travelling;
   uint64_t referred = 0, bytes = 0;
   const auto add = [&](std::span<const std::byte> piece) {
     if (piece.empty()) return;
-    const Region* region = Find(to, piece);
+    const auto region = std::find_if(readable.begin(), readable.end(), [&](const auto& r) {
+      return piece.data() >= r->memory.data() &&
+             piece.data() + piece.size() <= r->memory.data() + r->memory.size();
+    });
     const auto size = static_cast<uint32_t>(piece.size());
-    if (region != nullptr) {
-      parts.push_back(
-          {region->number, size, static_cast<uint64_t>(piece.data() - region->memory.data())});
+    if (region != readable.end()) {
+      const std::byte* begin = (*region)->memory.data();
+      parts.push_back({(*region)->number, size, static_cast<uint64_t>(piece.data() - begin)});
       referred += size;
     } else {
       parts.push_back({0, size, 0});

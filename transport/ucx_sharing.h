@@ -89,8 +89,6 @@ class UcxSharing {
                               size_t bytes, const ucp_am_recv_param_t* param);
   void Take(ucp_ep_h endpoint, const Offer& offer);
   void Send(ucp_ep_h to, UcxMessage what, UcxNotice notice, std::vector<std::byte> data);
-  // The region of which `piece` is part and that `peer` reads; null where there is none.
-  const Region* Find(RankId peer, std::span<const std::byte> piece) const;
 
   std::shared_ptr<ucp_context> context_;
   ucp_worker_h worker_;

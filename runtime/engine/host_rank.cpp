@@ -3,6 +3,7 @@
 #include <spdlog/spdlog.h>
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 
 #include "runtime/base/error.h"
@@ -26,6 +27,7 @@ HostRank::HostRank(const Job& job, transport::Channel& channel, uint64_t memory_
     : job_(job),
       channel_(channel),
       shape_(job.wire_shape()),
+      replies_(channel, job.RanksOf(cluster::Role::kModel)),
       attention_(job.host_options(memory_bytes)),
       heard_(Clock::now()),
       beat_(Clock::now()) {
@@ -165,39 +167,40 @@ void HostRank::OnKeyMean(const transport::FrameHeader& header, std::span<const s
   RetryWaiting();
 }
 
-std::shared_ptr<HostRank::Query> HostRank::Queries::Take() {
-  std::unique_ptr<Query> query;
-  {
-    const std::lock_guard lock(mutex_);
-    if (!free_.empty()) {
-      query = std::move(free_.back());
-      free_.pop_back();
-    }
+std::shared_ptr<float> HostRank::ReplyMemory::Take(size_t floats) {
+  const size_t bytes = std::bit_ceil(std::max(floats * sizeof(float), kSmallest));
+  const auto in = [](const std::shared_ptr<transport::SharedMemory>& block) {
+    return std::shared_ptr<float>(block, reinterpret_cast<float*>(block->bytes().data()));
+  };
+  for (const auto& block : blocks_) {
+    if (block.use_count() == 1 && block->bytes().size() >= bytes) return in(block);
   }
-  if (query == nullptr) query = std::make_unique<Query>();
-  return {query.release(), [queries = shared_from_this()](Query* used) {
-            std::unique_ptr<Query> owner(used);
-            const std::lock_guard lock(queries->mutex_);
-            if (queries->free_.size() < kMost && used->bytes() <= kLargest) {
-              queries->free_.push_back(std::move(owner));
-            }
-          }};
+  if (blocks_.size() < kMost && bytes <= kLargest) {
+    if (auto block = channel_.ShareMemory(bytes, readers_)) return in(blocks_.emplace_back(block));
+  }
+  return {new float[floats], std::default_delete<float[]>()};
 }
 
 void HostRank::OnQuery(const transport::FrameHeader& header, std::span<const std::byte> payload) {
-  const std::shared_ptr<Query> query = queries_->Take();
-  query->header = header;
-  query->payload.assign(payload.begin(), payload.end());
   std::string why;
-  auto views = cluster::ParseQuery(shape_, header.count, query->payload, &why);
+  const auto views = cluster::ParseQuery(shape_, header.count, payload, &why);
   if (!views) return Drop(header, why);
-  query->views = std::move(*views);
-  size_t values = 0;
-  for (const cluster::QueryView& v : query->views) values += v.q.size();
+  const std::shared_ptr<Query> query = queries_.Take();
+  query->header = header;
+  query->entries.clear();
+  size_t values = 0, codes = 0;
+  for (const cluster::QueryView& v : *views) {
+    query->entries.push_back(*v.entry);
+    values += v.q.size();
+    codes += v.codes.size();
+  }
   query->q.resize(values);
-  auto at = query->q.begin();
-  for (const cluster::QueryView& v : query->views) {
-    at = std::transform(v.q.begin(), v.q.end(), at, ToFloat);
+  query->codes.resize(codes);
+  auto q_at = query->q.begin();
+  auto codes_at = query->codes.begin();
+  for (const cluster::QueryView& v : *views) {
+    q_at = std::transform(v.q.begin(), v.q.end(), q_at, ToFloat);
+    codes_at = std::copy(v.codes.begin(), v.codes.end(), codes_at);
   }
   if (Start(query)) return;
   if (waiting_bytes_ + query->bytes() > kMaxWaitingBytes) {
@@ -208,10 +211,10 @@ void HostRank::OnQuery(const transport::FrameHeader& header, std::span<const std
 }
 
 bool HostRank::Ready(const Query& query) const {
-  for (const cluster::QueryView& v : query.views) {
-    for (uint32_t h = 0; h < v.entry->kv_heads; ++h) {
-      if (!attention_.Ready(RequestId(v.entry->request), query.header.layer,
-                            v.entry->first_kv_head + h, v.entry->offloaded_tokens)) {
+  for (const cluster::QueryEntry& e : query.entries) {
+    for (uint32_t h = 0; h < e.kv_heads; ++h) {
+      if (!attention_.Ready(RequestId(e.request), query.header.layer, e.first_kv_head + h,
+                            e.offloaded_tokens)) {
         return false;
       }
     }
@@ -235,18 +238,20 @@ bool HostRank::Start(const std::shared_ptr<Query>& query) {
   host::AttendBatch batch;
   batch.layer = query->header.layer;
   batch.bf16_num = true;
-  const size_t head_floats = size_t{shape_.group} * shape_.head_dim;
+  batch.memory = [this](size_t floats) { return replies_.Take(floats); };
   const float* q = query->q.data();
+  const uint16_t* codes = query->codes.data();
   query->asked.clear();
-  for (const cluster::QueryView& v : query->views) {
-    for (uint32_t h = 0; h < v.entry->kv_heads; ++h) {
-      const uint32_t kv_head = v.entry->first_kv_head + h;
+  for (const cluster::QueryEntry& e : query->entries) {
+    for (uint32_t h = 0; h < e.kv_heads; ++h) {
+      const uint32_t kv_head = e.first_kv_head + h;
+      const bool exact = e.exact != 0;
       batch.items.push_back(
-          {RequestId(v.entry->request), kv_head, v.entry->offloaded_tokens, v.entry->exact != 0, q,
-           v.codes.empty() ? nullptr : v.codes.data() + size_t{h} * shape_.group * shape_.l});
-      query->asked.push_back({v.entry->request, 0, v.entry->row, kv_head, -1,
-                              static_cast<uint32_t>(host::Status::kOk)});
-      q += head_floats;
+          {RequestId(e.request), kv_head, e.offloaded_tokens, exact, q, exact ? nullptr : codes});
+      query->asked.push_back(
+          {e.request, 0, e.row, kv_head, -1, static_cast<uint32_t>(host::Status::kOk)});
+      q += size_t{shape_.group} * shape_.head_dim;
+      if (!exact) codes += size_t{shape_.group} * shape_.l;
     }
   }
   ++in_flight_;
@@ -310,8 +315,8 @@ void HostRank::OnControl(const transport::FrameHeader& header, std::span<const s
     const uint64_t request = message.release().request();
     attention_.Release(RequestId(request));
     std::erase_if(waiting_, [&](const std::shared_ptr<Query>& query) {
-      const bool asks = std::any_of(query->views.begin(), query->views.end(),
-                                    [&](const auto& v) { return v.entry->request == request; });
+      const bool asks = std::any_of(query->entries.begin(), query->entries.end(),
+                                    [&](const auto& e) { return e.request == request; });
       if (asks) waiting_bytes_ -= query->bytes();
       return asks;
     });

@@ -6,14 +6,15 @@
 #include <deque>
 #include <list>
 #include <memory>
-#include <mutex>
 #include <span>
 #include <string>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "cluster/control.pb.h"
 #include "host_attention/host_attention.h"
+#include "runtime/base/recycler.h"
 #include "runtime/engine/job.h"
 #include "transport/channel.h"
 #include "transport/payload_pool.h"
@@ -33,30 +34,32 @@ class HostRank {
   // A query frame that waits for its tokens, or whose answer is being computed.
   struct Query {
     transport::FrameHeader header;
-    std::vector<std::byte> payload;
-    std::vector<cluster::QueryView> views;     // into payload
-    std::vector<float> q;                      // of all views, one behind the other
+    std::vector<cluster::QueryEntry> entries;
+    std::vector<float> q;                      // of all entries, one behind the other
+    std::vector<uint16_t> codes;               // of those that are not exact
     std::vector<cluster::PartialEntry> asked;  // the answers' entries, by item of the batch
 
     // Memory that was used before may be larger than what is in it.
     uint64_t bytes() const {
-      return sizeof(Query) + payload.capacity() + q.capacity() * sizeof(float);
+      return sizeof(Query) + entries.capacity() * sizeof(cluster::QueryEntry) +
+             q.capacity() * sizeof(float) + codes.capacity() * sizeof(uint16_t);
     }
   };
 
-  // Queries that are answered, for their memory: a layer's come as the layer's before did, and
-  // memory that the system has just given costs more than what is written to it. They come back
-  // from whichever thread.
-  class Queries : public std::enable_shared_from_this<Queries> {
+  // Memory of replies, used again: model ranks on this machine read them where they lie.
+  class ReplyMemory {
    public:
-    std::shared_ptr<Query> Take();
+    ReplyMemory(transport::Channel& channel, std::vector<RankId> readers)
+        : channel_(channel), readers_(std::move(readers)) {}
+    // Of this rank's thread; it may go in any.
+    std::shared_ptr<float> Take(size_t floats);
 
    private:
     // What is kept: 32 MiB.
-    static constexpr size_t kMost = 16;
-    static constexpr uint64_t kLargest = uint64_t{2} << 20;
-    std::mutex mutex_;
-    std::vector<std::unique_ptr<Query>> free_;
+    static constexpr size_t kMost = 16, kSmallest = size_t{1} << 16, kLargest = size_t{1} << 21;
+    transport::Channel& channel_;
+    std::vector<RankId> readers_;
+    std::vector<std::shared_ptr<transport::SharedMemory>> blocks_;
   };
 
   // K and V that came before those of the tokens in front of them: a small frame may overtake a
@@ -85,8 +88,10 @@ class HostRank {
   const Job& job_;
   transport::Channel& channel_;
   cluster::WireShape shape_;
-  transport::PayloadPool payloads_;  // of replies
-  const std::shared_ptr<Queries> queries_ = std::make_shared<Queries>();
+  transport::PayloadPool payloads_;  // of replies' entries
+  ReplyMemory replies_;
+  // 32 MiB at most.
+  Recycler<Query> queries_{16, uint64_t{2} << 20, [](const Query& q) { return q.bytes(); }};
   host::HostAttention attention_;
   std::deque<std::shared_ptr<Query>> waiting_;
   uint64_t waiting_bytes_ = 0;

@@ -1,6 +1,8 @@
 // Segments that requests share: found, weighted and accounted for as if each had its own.
 #include <gtest/gtest.h>
 
+#include <algorithm>
+
 #include "host_attention/host_attention.h"
 #include "tests/host_attention/reference.h"
 
@@ -63,7 +65,7 @@ TEST_F(Share, GivesWhatTheOwnerGetsAndKeepsItsMean) {
   const auto got = Ask(2, 1900);
   ASSERT_EQ(got.size(), 2u);
   EXPECT_EQ(got[0].sampled, want.sampled);
-  EXPECT_EQ(got[0].values, want.values);
+  EXPECT_TRUE(std::ranges::equal(got[0].values, want.values));
   Data own = data_;
   own.mean = own_mean_;
   for (uint32_t h = 0; h < data_.group; ++h) {
@@ -90,13 +92,13 @@ TEST_F(Share, MemoryCountsOnceAndGoesWithTheLastRequest) {
   EXPECT_EQ(host_->usage().reserved_bytes, shared + tail);
   EXPECT_EQ(host_->usage().kv_bytes, (1500 + 400) * row);
   const auto after = Ask(2, 1900);
-  EXPECT_EQ(after[0].values, before[0].values);
-  EXPECT_EQ(after[1].values, before[1].values);
+  EXPECT_TRUE(std::ranges::equal(after[0].values, before[0].values));
+  EXPECT_TRUE(std::ranges::equal(after[1].values, before[1].values));
   // The heir shares in turn.
   ASSERT_EQ(host_->Share({RequestId(3), RequestId(2), {0}, {{0, 0}, {0, 1}}}), Status::kOk);
   EXPECT_EQ(host_->usage().reserved_bytes, shared + tail);
   host_->Release(RequestId(2));
-  EXPECT_EQ(Ask(3, 1900)[1].values, before[1].values);
+  EXPECT_TRUE(std::ranges::equal(Ask(3, 1900)[1].values, before[1].values));
   host_->Release(RequestId(3));
   EXPECT_EQ(host_->usage().reserved_bytes, 0u);
   EXPECT_EQ(host_->usage().kv_bytes, 0u);
