@@ -7,6 +7,7 @@
 #include <numeric>
 #include <utility>
 
+#include "host_attention/prefetch.h"
 #include "runtime/base/checked_math.h"
 #include "runtime/base/random.h"
 
@@ -118,6 +119,18 @@ void Batch::MakePartials() {
 Batch::Partials Batch::PartialsOf(const Unit& unit) {
   float* at = results_->data() + unit.out;
   return {at, at + HeadsOf(unit), at + 2 * HeadsOf(unit)};
+}
+
+void Batch::Drop() {
+  for (const Item& item : items_) {
+    for (const SegmentView& view : item.views) {
+      PrefetchToWrite(view.segment.get());
+      PrefetchToWrite(view.mean.get());
+      for (const auto& block : view.blocks) PrefetchToWrite(block.get());
+    }
+  }
+  items_.clear();
+  results_.reset();
 }
 
 void Batch::Run(size_t index) {

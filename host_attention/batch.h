@@ -51,10 +51,7 @@ class Batch {
   std::vector<PartialItem> Finish() { return std::move(partials_); }
   const std::vector<Item>& items() const { return items_; }
   // Lets go of the segments, so that a released request's memory is free before `done` runs.
-  void Drop() {
-    items_.clear();
-    results_.reset();
-  }
+  void Drop();
 
  private:
   static constexpr uint32_t kAllHeads = UINT32_MAX;

@@ -6,11 +6,13 @@
 #include <string>
 #include <unordered_map>
 #include <utility>
+#include <vector>
 
 #include "host_attention/batch.h"
 #include "host_attention/isa.h"
 #include "host_attention/kernels.h"
 #include "host_attention/pool.h"
+#include "host_attention/prefetch.h"
 #include "host_attention/segment.h"
 #include "runtime/base/checked_math.h"
 #include "runtime/base/error.h"
@@ -94,6 +96,15 @@ class Request {
     const Head& head = layers_[layer][kv_head];
     return head.segments.empty() ? nullptr : &head;
   }
+  // For Find: first the one, then the other.
+  void PrefetchLayer(uint32_t layer) const {
+    if (layer < layers_.size()) PrefetchToRead(&layers_[layer]);
+  }
+  void PrefetchHead(uint32_t layer, uint32_t kv_head) const {
+    if (layer < layers_.size() && kv_head < layers_[layer].size()) {
+      PrefetchToRead(&layers_[layer][kv_head]);
+    }
+  }
   Head* Find(uint32_t layer, uint32_t kv_head) {
     return const_cast<Head*>(std::as_const(*this).Find(layer, kv_head));
   }
@@ -138,6 +149,7 @@ struct HostAttention::Impl {
     return head;
   }
 
+  void Prefetch(const AttendBatch& batch);
   Status Prepare(const AttendBatch& batch, const QueryItem& query, Batch::Item* item);
   void Start(const std::shared_ptr<Batch>& batch,
              std::function<void(std::vector<PartialItem>)> done);
@@ -147,6 +159,7 @@ struct HostAttention::Impl {
   const std::shared_ptr<Account> account;
   const Mean no_mean;
   std::unordered_map<RequestId, Request> requests;
+  std::vector<std::pair<const Request*, const Head*>> asked;  // of the batch that is prefetched
   Recycler<std::vector<float>> results{
       16, uint64_t{4} << 20, [](const std::vector<float>& v) { return v.size() * sizeof(float); }};
   std::unique_ptr<Pool> pool;  // last, so that its jobs end first
@@ -279,6 +292,37 @@ bool HostAttention::Ready(RequestId request, uint32_t layer, uint32_t kv_head,
   });
 }
 
+// What Prepare follows from pointer to pointer, for all queries side by side: a layer's heads have
+// not been touched since the step before, and their counts of references were written by others.
+void HostAttention::Impl::Prefetch(const AttendBatch& batch) {
+  asked.clear();
+  for (const QueryItem& query : batch.items) {
+    const auto found = requests.find(query.request);
+    if (found == requests.end()) return;
+    asked.emplace_back(&found->second, nullptr);
+    found->second.PrefetchLayer(batch.layer);
+  }
+  for (size_t i = 0; i < asked.size(); ++i) {
+    asked[i].first->PrefetchHead(batch.layer, batch.items[i].kv_head);
+  }
+  for (size_t i = 0; i < asked.size(); ++i) {
+    const Head* head = asked[i].first->Find(batch.layer, batch.items[i].kv_head);
+    if (head == nullptr) return;
+    asked[i].second = head;
+    PrefetchToRead(head->segments.data());
+    PrefetchToWrite(head->mean.get());
+  }
+  for (const auto& [request, head] : asked) {
+    for (const Head::Held& held : head->segments) {
+      PrefetchToWrite(held.segment.get());
+      PrefetchToRead(held.segment.get());
+    }
+  }
+  for (const auto& [request, head] : asked) {
+    for (const Head::Held& held : head->segments) held.segment->PrefetchBlock();
+  }
+}
+
 Status HostAttention::Impl::Prepare(const AttendBatch& batch, const QueryItem& query,
                                     Batch::Item* item) {
   Status status;
@@ -301,6 +345,7 @@ Status HostAttention::Impl::Prepare(const AttendBatch& batch, const QueryItem& q
 
 Status HostAttention::Attend(AttendBatch batch,
                              std::function<void(std::vector<PartialItem>)> done) {
+  impl_->Prefetch(batch);
   std::vector<Batch::Item> items(batch.items.size());
   for (size_t i = 0; i < items.size(); ++i) {
     const Status status = impl_->Prepare(batch, batch.items[i], &items[i]);

@@ -10,6 +10,7 @@
 
 #include "host_attention/host_attention.h"
 #include "host_attention/pool.h"
+#include "host_attention/prefetch.h"
 #include "host_attention/tables.h"
 
 namespace passel::host {
@@ -79,6 +80,8 @@ class Segment : public std::enable_shared_from_this<Segment> {
   Status Append(uint64_t first, uint32_t count, const bf16* rows, const uint16_t* codes);
   // tokens ≤ present(). Where `sampling`, codes must have come with the tokens: else false.
   bool View(uint64_t tokens, bool sampling, SegmentView* view) const;
+  // For View of a prompt's segment.
+  void PrefetchBlock() const { PrefetchToWrite(prompt_.get()); }
   // Whether tables are being sealed. Sealing begins in Append.
   bool sealing() const { return sealing_.load(std::memory_order_acquire); }
   // Runs `then` on a pool thread once the tables are sealed; false, and does not, where they are.

@@ -1,0 +1,19 @@
+#pragma once
+
+#include <cstddef>
+
+namespace passel::host {
+
+// Asks memory for the lines of an object that is read, or of one whose first line is written next
+// (a count of references that another core had last). Any address may be given.
+template <typename T>
+inline void PrefetchToRead(const T* object) {
+  for (size_t at = 0; at < sizeof(T); at += 64) {
+    __builtin_prefetch(reinterpret_cast<const char*>(object) + at);
+  }
+}
+inline void PrefetchToWrite(const void* object) {
+  asm volatile("prefetchw %0" : : "m"(*static_cast<const char*>(object)));
+}
+
+}  // namespace passel::host
