@@ -172,6 +172,7 @@ std::vector<std::byte> BuildPieces(const WireShape& shape, std::span<const Entry
                                    Pieces* pieces, std::vector<std::byte> used, From from) {
   static constexpr std::array<std::byte, kAlign> kPadding{};
   pieces->clear();
+  pieces->reserve(entries.size() * (Parts().size() + 1));
   PlaceAll(shape, entries, [&](size_t i, const Parts& parts, uint64_t offset, uint64_t end) {
     const auto add = [&](const void* data, uint64_t bytes) {
       if (bytes > 0) pieces->emplace_back(static_cast<const std::byte*>(data), bytes);

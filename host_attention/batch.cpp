@@ -37,6 +37,11 @@ float* Scratch::work(size_t floats) {
   return work_.data();
 }
 
+float* Scratch::query(size_t floats) {
+  if (query_.size() < floats) query_.resize(floats);
+  return query_.data();
+}
+
 Scratch& Scratch::Local() {
   static thread_local Scratch scratch;
   return scratch;
@@ -121,6 +126,16 @@ Batch::Partials Batch::PartialsOf(const Unit& unit) {
   return {at, at + HeadsOf(unit), at + 2 * HeadsOf(unit)};
 }
 
+const float* Batch::QueryOf(const Unit& unit) const {
+  const QueryItem& item = batch_.items[unit.item];
+  const size_t first = unit.head == kAllHeads ? 0 : size_t{unit.head} * options_.head_dim;
+  if (item.q != nullptr) return item.q + first;
+  const size_t floats = HeadsOf(unit) * options_.head_dim;
+  float* q = Scratch::Local().query(floats);
+  std::transform(item.q_bf16 + first, item.q_bf16 + first + floats, q, ToFloat);
+  return q;
+}
+
 void Batch::Drop() {
   for (const Item& item : items_) {
     for (const SegmentView& view : item.views) {
@@ -148,7 +163,7 @@ void Batch::RunUnit(size_t index, const Partials& out) {
   const QueryItem& item = batch_.items[unit.item];
   const SegmentView& view = items_[unit.item].views[unit.view];
   if (unit.head == kAllHeads) {
-    RunExact(index, view, item.q, out);
+    RunExact(index, view, QueryOf(unit), out);
     return;
   }
   switch (options_.estimator) {
@@ -156,7 +171,7 @@ void Batch::RunUnit(size_t index, const Partials& out) {
       RunLsh(index, view, item, out);
       break;
     case Estimator::kTopK:
-      RunTopK(index, view, item.q + size_t{unit.head} * options_.head_dim, out);
+      RunTopK(index, view, QueryOf(unit), out);
       break;
     case Estimator::kOracleSample:
       RunOracle(index, view, item, out);
@@ -188,8 +203,7 @@ void Batch::RunLsh(size_t index, const SegmentView& view, const QueryItem& item,
     count += block->Probe(kernels_, codes, view.sampled, scratch.probe(), scratch.ids() + count);
   }
   const uint64_t probed = batch_.times != nullptr ? Nanoseconds() : 0;
-  kernels_.attend_list(view.rows, scratch.ids(), count,
-                       item.q + size_t{unit.head} * options_.head_dim,
+  kernels_.attend_list(view.rows, scratch.ids(), count, QueryOf(unit),
                        {view.mean->data(), options_.k, options_.l},
                        scratch.work(WorkFloats(1, options_.head_dim)), {out.max, out.den, out.num});
   sampled_[index] = count;
@@ -226,7 +240,7 @@ void Batch::RunOracle(size_t index, const SegmentView& view, const QueryItem& it
   const Unit& unit = units_[index];
   Scratch& scratch = Scratch::Local();
   const uint32_t n = unit.last, d = options_.head_dim;
-  const float* q = item.q + size_t{unit.head} * d;
+  const float* q = QueryOf(unit);
   float* work = scratch.work(std::max(WorkFloats(1, d), 2 * size_t{d}));
   float* scores = scratch.scores();
   kernels_.scores(view.rows, 0, n, q, work, scores);

@@ -23,6 +23,7 @@ class Scratch {
   float* scores() { return scores_.data(); }
   // Grows as needed.
   float* work(size_t floats);
+  float* query(size_t floats);
   // Of the calling thread.
   static Scratch& Local();
 
@@ -30,7 +31,7 @@ class Scratch {
   std::vector<uint8_t> counters_;
   std::vector<uint16_t> staging_;
   std::vector<uint32_t> ids_;
-  std::vector<float> scores_, work_;
+  std::vector<float> scores_, work_, query_;
 };
 
 // The work of one Attend, cut into units that any thread may run: a head's sampled tokens of a
@@ -75,6 +76,8 @@ class Batch {
   size_t HeadsOf(const Unit& unit) const { return unit.head == kAllHeads ? options_.group : 1; }
   size_t FloatsOf(size_t heads) const { return heads * (options_.head_dim + 2); }
   Partials PartialsOf(const Unit& unit);
+  // Of its heads, in float32, until the next call by this thread.
+  const float* QueryOf(const Unit& unit) const;
   void MakePartials();
   void RunUnit(size_t index, const Partials& out);
   void RunExact(size_t index, const SegmentView& view, const float* q, const Partials& out);

@@ -329,7 +329,8 @@ Status HostAttention::Impl::Prepare(const AttendBatch& batch, const QueryItem& q
   const Head* head = Find(query.request, batch.layer, query.kv_head, &status);
   if (head == nullptr) return status;
   const bool sampling = options.estimator == Estimator::kLsh && !query.exact;
-  if (query.q == nullptr || (sampling && query.codes == nullptr)) return Status::kBadArgument;
+  const bool has_q = query.q != nullptr || query.q_bf16 != nullptr;
+  if (!has_q || (sampling && query.codes == nullptr)) return Status::kBadArgument;
   for (const Head::Held& held : head->segments) {
     const auto& segment = held.segment;
     const SegmentSpec& spec = segment->spec();

@@ -104,10 +104,11 @@ inline constexpr uint32_t kOpenTokens = 256;
 struct QueryItem {
   RequestId request;
   uint32_t kv_head;
-  uint64_t offloaded_tokens;  // tokens [0, this) are attended, those of them that live here
-  bool exact;                 // short context or dense layer: u = 1 for all
-  const float* q;             // [group, head_dim]
-  const uint16_t* codes;      // [group, l]; null where exact
+  uint64_t offloaded_tokens;     // tokens [0, this) are attended, those of them that live here
+  bool exact;                    // short context or dense layer: u = 1 for all
+  const float* q;                // [group, head_dim]
+  const uint16_t* codes;         // [group, l]; null where exact
+  const bf16* q_bf16 = nullptr;  // the query, where q is null
 };
 
 // Result of one QueryItem over one segment (deterministic) or all of this host's (segment = −1).

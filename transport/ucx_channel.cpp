@@ -280,8 +280,8 @@ bool Impl::Progress() {
   any |= ProgressWorker();
   any |= sharing_->TakeOffers([this](RankId rank) { return At(rank).endpoint; });
   any |= receiver_->StartReceives();
-  any |= SendFetched();
   any |= receiver_->Deliver(on_frame_);
+  any |= SendFetched();
   any |= FreeEnded(closings_);
   any |= RunDone();
   any |= ReportLost();

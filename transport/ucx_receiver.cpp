@@ -86,10 +86,9 @@ ucs_status_t UcxReceiver::OnReferral(void* arg, const void* header_data, size_t 
   const auto* begin = static_cast<const std::byte*>(data);
   auto large = std::make_unique<LargeFrame>();
   large->referral.assign(begin, begin + bytes);
+  large->parts = self->sharing_->Resolve(RankId(parsed->source), large->referral);
   uint64_t payload = 0;
-  for (const auto& part : self->sharing_->Resolve(RankId(parsed->source), large->referral)) {
-    payload += part.size();
-  }
+  for (const auto& part : large->parts) payload += part.size();
   const auto admitted = self->gate_->Admit(header, payload);
   if (admitted && self->announced_.size() < kMaxAnnounced) {
     large->frame.header = *admitted;
@@ -103,13 +102,12 @@ ucs_status_t UcxReceiver::OnReferral(void* arg, const void* header_data, size_t 
 }
 
 void UcxReceiver::Fetch(LargeFrame& large) {
-  const RankId source(large.frame.header.source);
   std::byte* to = large.frame.buffer.data.get();
-  for (const auto& part : sharing_->Resolve(source, large.referral)) {
+  for (const auto& part : large.parts) {
     std::memcpy(to, part.data(), part.size());
     to += part.size();
   }
-  fetched_.emplace_back(source, large.frame.header.sequence);
+  fetched_.emplace_back(RankId(large.frame.header.source), large.frame.header.sequence);
   ready_.push_back(std::move(large.frame));
 }
 

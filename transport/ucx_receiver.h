@@ -51,6 +51,7 @@ class UcxReceiver {
     Frame frame;
     void* descriptor = nullptr;
     std::vector<std::byte> referral;
+    std::vector<std::span<const std::byte>> parts;  // of the payload, in it and in shared memory
     UcxReceiver* owner = nullptr;
   };
 

@@ -150,6 +150,7 @@ std::vector<std::byte> UcxSharing::Refer(RankId to, const OutgoingFrame& frame) 
   std::vector<Part> parts;
   parts.reserve(frame.pieces.size() + 1);
   std::vector<std::span<const std::byte>> travelling;
+  travelling.reserve(frame.pieces.size() + 1);
   uint64_t referred = 0, bytes = 0;
   const auto add = [&](std::span<const std::byte> piece) {
     if (piece.empty()) return;

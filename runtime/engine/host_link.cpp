@@ -149,6 +149,7 @@ void HostLink::SendQuery(uint16_t micro_batch, int32_t layer, uint64_t step,
       entries = exact;
     }
     sources.clear();
+    sources.reserve(entries.size());
     for (const cluster::QueryEntry& e : entries) {
       const size_t at = e.row * heads + (e.first_kv_head - first);
       sources.push_back({q + at * head_q, codes == nullptr ? nullptr : codes + at * head_codes});

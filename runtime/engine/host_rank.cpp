@@ -199,7 +199,7 @@ void HostRank::OnQuery(const transport::FrameHeader& header, std::span<const std
   auto q_at = query->q.begin();
   auto codes_at = query->codes.begin();
   for (const cluster::QueryView& v : *views) {
-    q_at = std::transform(v.q.begin(), v.q.end(), q_at, ToFloat);
+    q_at = std::copy(v.q.begin(), v.q.end(), q_at);
     codes_at = std::copy(v.codes.begin(), v.codes.end(), codes_at);
   }
   if (Start(query)) return;
@@ -239,15 +239,16 @@ bool HostRank::Start(const std::shared_ptr<Query>& query) {
   batch.layer = query->header.layer;
   batch.bf16_num = true;
   batch.memory = [this](size_t floats) { return replies_.Take(floats); };
-  const float* q = query->q.data();
+  const bf16* q = query->q.data();
   const uint16_t* codes = query->codes.data();
   query->asked.clear();
+  batch.items.reserve(query->entries.size());
   for (const cluster::QueryEntry& e : query->entries) {
     for (uint32_t h = 0; h < e.kv_heads; ++h) {
       const uint32_t kv_head = e.first_kv_head + h;
       const bool exact = e.exact != 0;
-      batch.items.push_back(
-          {RequestId(e.request), kv_head, e.offloaded_tokens, exact, q, exact ? nullptr : codes});
+      batch.items.push_back({RequestId(e.request), kv_head, e.offloaded_tokens, exact, nullptr,
+                             exact ? nullptr : codes, q});
       query->asked.push_back(
           {e.request, 0, e.row, kv_head, -1, static_cast<uint32_t>(host::Status::kOk)});
       q += size_t{shape_.group} * shape_.head_dim;

@@ -35,14 +35,14 @@ class HostRank {
   struct Query {
     transport::FrameHeader header;
     std::vector<cluster::QueryEntry> entries;
-    std::vector<float> q;                      // of all entries, one behind the other
+    std::vector<bf16> q;                       // of all entries, one behind the other
     std::vector<uint16_t> codes;               // of those that are not exact
     std::vector<cluster::PartialEntry> asked;  // the answers' entries, by item of the batch
 
     // Memory that was used before may be larger than what is in it.
     uint64_t bytes() const {
       return sizeof(Query) + entries.capacity() * sizeof(cluster::QueryEntry) +
-             q.capacity() * sizeof(float) + codes.capacity() * sizeof(uint16_t);
+             q.capacity() * sizeof(bf16) + codes.capacity() * sizeof(uint16_t);
     }
   };
 

@@ -212,6 +212,21 @@ TEST(HostAttention, NumComesInBf16WhereAsked) {
     const auto whole = Wait(host, batch);
     batch.bf16_num = true;
     const auto rounded = Wait(host, batch);
+    // A query in bf16 is as the same in float32.
+    std::vector<bf16> q(size_t{3} * 48);
+    std::vector<float> same(q.size());
+    std::transform(batch.items[0].q, batch.items[0].q + q.size(), q.begin(), ToBf16);
+    std::transform(q.begin(), q.end(), same.begin(), ToFloat);
+    AttendBatch narrow = batch, wide = batch;
+    narrow.items[0].q = nullptr;
+    narrow.items[0].q_bf16 = q.data();
+    wide.items[0].q = same.data();
+    const auto of_narrow = Wait(host, narrow), of_wide = Wait(host, wide);
+    ASSERT_EQ(of_narrow.size(), of_wide.size());
+    for (size_t i = 0; i < of_wide.size(); ++i) {
+      EXPECT_TRUE(std::ranges::equal(of_narrow[i].values, of_wide[i].values));
+      EXPECT_FALSE(std::ranges::equal(of_narrow[i].values, rounded[i].values));
+    }
     ASSERT_EQ(rounded.size(), whole.size());
     for (size_t i = 0; i < whole.size(); ++i) {
       ASSERT_EQ(rounded[i].values.size(), 3u * (2 + 48 / 2));
