@@ -32,7 +32,7 @@ __device__ inline float2 LoadForeignPair(const __nv_bfloat16* at) {
 // What a lane holds of a head's partial.
 struct LanePartial {
   bool there = false;
-  float max, den;
+  float scalar;  // lane 0: max, lane 1: den; one request, as they lie side by side
   float2 num[kPairs];
 };
 
@@ -64,8 +64,9 @@ __global__ void __launch_bounds__(32 * kHeadsEach)
         const int at = 2 * lane + 64 * i;
         if (at < dim) part.num[i] = LoadForeignPair(num + at);
       }
-      part.max = __ldcg(F32Row(from.max, from_row) + h);
-      part.den = __ldcg(F32Row(from.den, from_row) + h);
+      if (lane < 2) {
+        part.scalar = __ldcg(F32Row(lane == 0 ? from.max : from.den, from_row) + h);
+      }
     }
     return part;
   };
@@ -84,11 +85,12 @@ __global__ void __launch_bounds__(32 * kHeadsEach)
     if (at < dim) own[i] = {num[at], num[at + 1]};
   }
   for (; part.there; part = ahead, ahead = load()) {
-    if (part.max == -INFINITY) continue;
-    const float new_max = fmaxf(max, part.max);
+    const float part_max = __shfl_sync(0xffffffffu, part.scalar, 0);
+    if (part_max == -INFINITY) continue;
+    const float new_max = fmaxf(max, part_max);
     const float weight = RescaleWeight(max, new_max);
-    const float part_weight = RescaleWeight(part.max, new_max);
-    den = weight * den + part_weight * part.den;
+    const float part_weight = RescaleWeight(part_max, new_max);
+    den = weight * den + part_weight * __shfl_sync(0xffffffffu, part.scalar, 1);
     max = new_max;
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {

@@ -278,12 +278,17 @@ void Attention(gpu::Device& device, double bandwidth) {
   const int64_t entries = batch * 8;
   const auto staging = device.AllocateStaging(static_cast<size_t>(entries * 4 * 66) * 4);
   auto* reply = static_cast<float*>(staging->data());
-  for (int64_t i = 0; i < entries * 8; ++i) reply[i] = static_cast<float>(random.Uniform());
-  auto* num = reinterpret_cast<bf16*>(reply + entries * 8);
-  for (int64_t i = 0; i < entries * 512; ++i) num[i] = ToBf16(static_cast<float>(random.Uniform()));
-  const gpu::Partials from{{reply, DType::kF32, entries, 4, 4},
-                           {reply + entries * 4, DType::kF32, entries, 4, 4},
-                           {num, DType::kBf16, entries, 512, 512}};
+  // As host ranks' replies lie: max, den and num of a KV head, one behind the other.
+  const int64_t stride = 2 * 4 + 4 * 128 / 2;
+  for (int64_t i = 0; i < entries; ++i) {
+    float* partial = reply + i * stride;
+    for (int j = 0; j < 8; ++j) partial[j] = static_cast<float>(random.Uniform());
+    auto* num = reinterpret_cast<bf16*>(partial + 8);
+    for (int j = 0; j < 512; ++j) num[j] = ToBf16(static_cast<float>(random.Uniform()));
+  }
+  const gpu::Partials from{{reply, DType::kF32, entries, 4, stride},
+                           {reply + 4, DType::kF32, entries, 4, stride},
+                           {reply + 8, DType::kBf16, entries, 512, 2 * stride}};
   std::vector<int32_t> rows, heads;
   for (int64_t i = 0; i < entries; ++i) {
     rows.push_back(static_cast<int32_t>(i / 8));
