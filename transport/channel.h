@@ -69,8 +69,8 @@ class Channel {
   virtual void SetPeerLostHandler(PeerHandler handler) = 0;
 
   // Starts a send and returns (`done` runs in a later Progress); order to one peer is kept for
-  // small frames, not between small and large ones. A frame to a lost peer is discarded (its `done`
-  // still runs).
+  // small frames, not between those and large ones or ones with pieces in shared memory. A frame to
+  // a lost peer is discarded (its `done` still runs).
   virtual void Send(RankId to, OutgoingFrame frame) = 0;
   // Send, from any thread: queued, and the owner thread woken from Wait.
   virtual void Post(RankId to, OutgoingFrame frame) = 0;

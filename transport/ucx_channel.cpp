@@ -206,6 +206,8 @@ void Impl::Start(Peer& peer, OutgoingFrame frame) {
     message = kReferral;
     payload = out->referral.data();
     count = out->referral.size();
+    param.op_attr_mask |= UCP_OP_ATTR_FIELD_FLAGS;
+    param.flags = UCP_AM_SEND_FLAG_EAGER;  // whatever the user says of rendezvous
     referrals_.emplace(out->header.sequence, out);
   } else if (!frame.pieces.empty()) {
     const auto add = [out](std::span<const std::byte> piece) {

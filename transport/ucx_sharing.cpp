@@ -1,11 +1,11 @@
 #include "transport/ucx_sharing.h"
 
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <algorithm>
+#include <cstdio>
 #include <cstring>
+#include <fstream>
 #include <set>
+#include <string>
 #include <utility>
 
 namespace passel::transport {
@@ -18,14 +18,17 @@ constexpr uint64_t kLeastReferred = 4096;
 // What travels of a referral goes in one message.
 constexpr uint64_t kMostTravelling = 65536;
 
-// Whether every page of it is mapped: a region that is shorter than its owner says would end this
-// process later.
-bool IsMapped(std::span<const std::byte> memory) {
-  const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-  const auto begin = reinterpret_cast<uintptr_t>(memory.data()) / page * page;
-  const auto end = reinterpret_cast<uintptr_t>(memory.data()) + memory.size();
-  std::vector<unsigned char> pages((end - begin + page - 1) / page);
-  return mincore(reinterpret_cast<void*>(begin), end - begin, pages.data()) == 0;
+// Whether a shared mapping of a file begins there and covers it: a region that is shorter than its
+// owner says would end this process later.
+bool IsWholeMapping(const void* begin, uint64_t bytes) {
+  std::ifstream maps("/proc/self/maps");
+  for (std::string line; std::getline(maps, line);) {
+    unsigned long long first = 0, last = 0;
+    char shared = 0;
+    if (std::sscanf(line.c_str(), "%llx-%llx %*3c%c", &first, &last, &shared) != 3) continue;
+    if (first == reinterpret_cast<uintptr_t>(begin)) return shared == 's' && bytes <= last - first;
+  }
+  return false;
 }
 
 }  // namespace
@@ -111,13 +114,12 @@ void UcxSharing::Take(ucp_ep_h endpoint, const Offer& offer) {
   void* local = nullptr;
   // Elsewhere than on this machine it cannot be read; frames then travel whole.
   const bool reached = ucp_rkey_ptr(key, offer.notice.address, &local) == UCS_OK;
-  const std::span memory(static_cast<const std::byte*>(local),
-                         static_cast<size_t>(offer.notice.number));
-  if (!reached || offer.notice.number > SIZE_MAX - reinterpret_cast<uintptr_t>(local) ||
-      !IsMapped(memory)) {
+  if (!reached || !IsWholeMapping(local, offer.notice.number)) {
     ucp_rkey_destroy(key);
     return;
   }
+  const std::span memory(static_cast<const std::byte*>(local),
+                         static_cast<size_t>(offer.notice.number));
   regions.emplace(offer.notice.region, PeerRegion{key, memory});
   Send(endpoint, kTaken, {0, 0, offer.notice.region, 0, 0}, {});
 }
@@ -190,7 +192,7 @@ std::vector<std::span<const std::byte>> UcxSharing::Resolve(RankId from,
   std::span<const std::byte> rest = data.subspan(sizeof count);
   if (count > rest.size() / sizeof(Part)) return {};
   std::vector<Part> parts(count);
-  std::memcpy(parts.data(), rest.data(), count * sizeof(Part));
+  if (count > 0) std::memcpy(parts.data(), rest.data(), count * sizeof(Part));
   rest = rest.subspan(count * sizeof(Part));
   std::vector<std::span<const std::byte>> out;
   out.reserve(count);
@@ -222,7 +224,9 @@ void UcxSharing::Send(ucp_ep_h to, UcxMessage what, UcxNotice notice, std::vecto
   notice.source = gate_->self().value;
   auto message = std::make_unique<Message>(Message{notice, std::move(data)});
   ucp_request_param_t param{};
-  param.op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA;
+  param.op_attr_mask =
+      UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA | UCP_OP_ATTR_FIELD_FLAGS;
+  param.flags = UCP_AM_SEND_FLAG_EAGER;
   param.user_data = message.get();
   param.cb.send = [](void* request, ucs_status_t, void* sent) {
     ucp_request_free(request);

@@ -5,7 +5,6 @@
 #include <atomic>
 #include <chrono>
 #include <csignal>
-#include <cstring>
 #include <map>
 #include <numeric>
 #include <string>
@@ -13,6 +12,7 @@
 #include <vector>
 
 #include "tests/transport/forked_ranks.h"
+#include "tests/transport/ucx_ways.h"
 
 namespace passel::transport {
 namespace {
@@ -20,36 +20,7 @@ namespace {
 using std::chrono::milliseconds;
 using std::chrono::steady_clock;
 
-constexpr uint64_t kNonce = 0xabcdef;
-constexpr uint64_t kMiB = 1u << 20;
-constexpr milliseconds kCloseTimeout{5000};
-
-struct Way {
-  const char* name;
-  std::map<std::string, std::string> environment;
-  const char* described;  // what Describe must contain
-};
-const Way kTcp{"tcp", {{"UCX_TLS", "tcp,self"}, {"UCX_NET_DEVICES", "lo"}}, "tcp (lo)"};
-const Way kMemory{"memory", {{"UCX_TLS", "posix,self"}}, "shared memory (posix)"};
-
-FrameHeader Header(FrameType type, uint32_t count = 0, uint64_t step = 0) {
-  FrameHeader h;
-  h.type = type;
-  h.count = count;
-  h.step = step;
-  return h;
-}
-
-// Bytes that depend on who sends what to whom.
-std::vector<std::byte> Payload(uint64_t seed, uint64_t bytes) {
-  std::vector<std::byte> out(bytes);
-  uint64_t x = seed * 0x9e3779b97f4a7c15u + 1;
-  for (uint64_t i = 0; i < bytes; i += 8) {
-    x = x * 6364136223846793005u + 1442695040888963407u;
-    std::memcpy(&out[i], &x, std::min<uint64_t>(8, bytes - i));
-  }
-  return out;
-}
+// Of what one rank sends to another.
 uint64_t SeedOf(int32_t from, int32_t to, uint64_t step) {
   return static_cast<uint64_t>(from) * 1000003 + static_cast<uint64_t>(to) * 1009 + step;
 }
