@@ -152,35 +152,52 @@ void CudaDevice::DecodeAttention(Tensor q, std::span<const KvView> views, Partia
   Check(out.max.rows == n && out.max.cols == pool_shape_.heads && out.num.cols == q.cols,
         "DecodeAttention: out does not fit");
   if (n == 0) return;
+  // Short rows have a kernel of their own.
+  const bool has_short = HasShortRows(pool_shape_);
+  std::vector<int32_t> short_rows, short_pages;
+  int64_t max_short = -1;
   std::vector<DecodeRow> rows;
   std::vector<int32_t> pages;
   int64_t partials = 0;
-  DecodeExtent extent;
+  int32_t max_splits = 1;
+  bool any_long = false;
   for (const KvView& view : views) {
     const int64_t used = (view.tokens + kKvPageTokens - 1) / kKvPageTokens;
     Check(view.tokens >= 0 && used <= static_cast<int64_t>(view.pages.size()),
           "KV slot beyond the pages");
-    DecodeRow row{static_cast<int64_t>(pages.size()), view.tokens, 0, partials, 1};
-    CutDecodeRow(&row);
     for (const int32_t page : view.pages.first(static_cast<size_t>(used))) {
       Check(page >= 0 && page < pool_pages_, "KV page beyond the pool");
-      pages.push_back(page);
     }
-    if (row.splits > 1) partials += row.splits;
-    extent.max_splits = std::max(extent.max_splits, row.splits);
-    if (view.tokens <= kMaxShortTokens) {
-      extent.max_short_tokens = std::max(extent.max_short_tokens, view.tokens);
-    } else {
-      extent.any_long = true;
-    }
+    const bool is_short = has_short && view.tokens <= kMaxShortTokens;
+    short_rows.push_back(is_short ? static_cast<int32_t>(view.tokens) : -1);
+    short_rows.push_back(static_cast<int32_t>(2 * views.size() + short_pages.size()));
+    auto& list = is_short ? short_pages : pages;
+    DecodeRow row{static_cast<int64_t>(pages.size()), view.tokens, 0, partials, 1};
+    CutDecodeRow(&row);
+    list.insert(list.end(), view.pages.begin(), view.pages.begin() + used);
     rows.push_back(row);
+    if (is_short) {
+      max_short = std::max(max_short, view.tokens);
+      continue;
+    }
+    any_long = true;
+    if (row.splits > 1) partials += row.splits;
+    max_splits = std::max(max_splits, row.splits);
   }
-  auto* scratch = static_cast<float*>(decode_scratch_.Get(
-      static_cast<size_t>(partials * DecodePartialFloats(pool_shape_)) * sizeof(float)));
-  const auto [device_rows, device_pages] =
-      ring_.Upload(std::span<const DecodeRow>(rows), std::span<const int32_t>(pages));
-  LaunchDecodeAttention(IssueTo(), {pool_->data(), pool_shape_}, q, device_pages, device_rows,
-                        extent, scratch, out);
+  const PoolView pool{pool_->data(), pool_shape_};
+  if (any_long) {
+    auto* scratch = static_cast<float*>(decode_scratch_.Get(
+        static_cast<size_t>(partials * DecodePartialFloats(pool_shape_)) * sizeof(float)));
+    const auto [device_rows, device_pages] =
+        ring_.Upload(std::span<const DecodeRow>(rows), std::span<const int32_t>(pages));
+    LaunchDecodeAttention(IssueTo(), pool, q, device_pages, device_rows, max_splits, scratch, out);
+  }
+  if (max_short >= 0) {
+    short_rows.insert(short_rows.end(), short_pages.begin(), short_pages.end());
+    const std::span<const int32_t> list(short_rows);
+    const int32_t* uploaded = list.size() > kMaxListWords ? ring_.Upload(list) : nullptr;
+    LaunchShortDecodeAttention(IssueTo(), pool, q, list, uploaded, max_short, out);
+  }
 }
 
 void CudaDevice::CausalAttention(const AttentionShape& shape, Tensor q, Tensor k, Tensor v,
@@ -281,7 +298,7 @@ void CudaDevice::MergePartials(Partials into, Partials from, std::span<const int
     list[into_rows + 2 + 2 * entry] = first_heads[i];
   }
   const int32_t* uploaded =
-      list.size() > kMaxMergeWords ? ring_.Upload(std::span<const int32_t>(list)) : nullptr;
+      list.size() > kMaxListWords ? ring_.Upload(std::span<const int32_t>(list)) : nullptr;
   LaunchMergePartials(IssueTo(), into, from, list, uploaded);
 }
 

@@ -275,24 +275,23 @@ void LaunchLoadKv(cudaStream_t stream, PoolView pool, const int64_t* slots, Tens
 }
 
 void LaunchDecodeAttention(cudaStream_t stream, PoolView pool, Tensor q, const int32_t* pages,
-                           const DecodeRow* rows, const DecodeExtent& extent, float* scratch,
+                           const DecodeRow* rows, int32_t max_splits, float* scratch,
                            Partials out) {
   const DecodeArgs args{
       q, static_cast<const __nv_bfloat16*>(pool.data), pages, rows, pool.shape, scratch, out};
   const int32_t dim = pool.shape.head_dim;
   if (FitsMatrixDecode(pool.shape)) {
-    if (extent.any_long) LaunchMatrixSplits(stream, args, extent.max_splits);
-    if (extent.max_short_tokens >= 0) LaunchShortRows(stream, args, extent.max_short_tokens);
+    LaunchMatrixSplits(stream, args, max_splits);
   } else if (dim <= 32) {
-    LaunchForGroup<4>(stream, args, extent.max_splits);
+    LaunchForGroup<4>(stream, args, max_splits);
   } else if (dim <= 64) {
-    LaunchForGroup<8>(stream, args, extent.max_splits);
+    LaunchForGroup<8>(stream, args, max_splits);
   } else if (dim <= 128) {
-    LaunchForGroup<16>(stream, args, extent.max_splits);
+    LaunchForGroup<16>(stream, args, max_splits);
   } else {
-    LaunchForGroup<32>(stream, args, extent.max_splits);
+    LaunchForGroup<32>(stream, args, max_splits);
   }
-  if (extent.max_splits > 1) {
+  if (max_splits > 1) {
     const dim3 grid(static_cast<unsigned>(pool.shape.heads), static_cast<unsigned>(q.rows));
     LaunchBehind(stream, grid, kDecodeThreads, 0, "launch of DecodeAttention's merge",
                  MergeSplitsKernel, args);

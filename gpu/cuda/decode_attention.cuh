@@ -37,10 +37,9 @@ __device__ inline HeadResult RowResult(const DecodeArgs& a, int64_t row, int32_t
 }
 
 // On the matrix units, where FitsMatrixDecode: the splits of the rows that are not short
-// (decode_matrix.cu), and the short rows, of up to `tokens` (decode_short.cu).
+// (decode_matrix.cu).
 __host__ __device__ inline bool IsShort(int64_t tokens) { return tokens <= kMaxShortTokens; }
 bool FitsMatrixDecode(const AttentionShape& shape);
 void LaunchMatrixSplits(cudaStream_t stream, const DecodeArgs& args, int32_t max_splits);
-void LaunchShortRows(cudaStream_t stream, const DecodeArgs& args, int64_t tokens);
 
 }  // namespace passel::gpu::cuda

@@ -6,34 +6,37 @@
 #include <algorithm>
 
 #include "gpu/cuda/decode_matrix.cuh"
+#include "gpu/cuda/list_argument.cuh"
 
 namespace passel::gpu::cuda {
 namespace {
 
 constexpr int kMaxWarps = kMaxShortTokens / kMatrixTokens;
 
-template <int kDim>
-__global__ void __launch_bounds__(32 * kMaxWarps, 2) ShortKernel(DecodeArgs a) {
+template <int kDim, size_t kWords>
+__global__ void __launch_bounds__(32 * kMaxWarps, 2)
+    ShortKernel(DecodeArgs a, const __grid_constant__ ListArgument<kWords> list) {
   constexpr int kKeyBlocks = kDim / 32, kValueBlocks = kDim / 64;
   __shared__ uint4 query[kKeyBlocks][2][32];
   __shared__ float warp_max[kMaxWarps][8], warp_den[kMaxWarps][8];
   extern __shared__ float warp_num[];  // [warps][group][kDim]
   LetNextKernelStart();
-  WaitForEarlierKernels();
+  if (list.uploaded != nullptr) WaitForEarlierKernels();
   const int64_t row = blockIdx.y;
-  const DecodeRow cut = a.rows[row];
-  if (!IsShort(cut.tokens)) return;
+  const int32_t tokens = list[2 * row];
   const int32_t group = a.shape.heads / a.shape.kv_heads;
   const int32_t kv_head = static_cast<int32_t>(blockIdx.x);
   const int32_t first_head = kv_head * group;
   const int warps = static_cast<int>(blockDim.x) / 32;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 
-  const int64_t first = warp * kMatrixTokens, count = cut.tokens - first;
+  const int64_t first = warp * kMatrixTokens, count = tokens - first;
   const int64_t slot = int64_t{2} * a.shape.kv_heads * kDim;
-  const int64_t page = count > 0 ? a.pages[cut.first_page + first / kKvPageTokens] : 0;
+  const int64_t page = count > 0 ? list[list[2 * row + 1] + first / kKvPageTokens] : 0;
   const __nv_bfloat16* step =
       a.pool + int64_t{2} * kv_head * kDim + (page * kKvPageTokens + first % kKvPageTokens) * slot;
+  if (list.uploaded == nullptr) WaitForEarlierKernels();
+  if (tokens < 0) return;
   uint4 k[2][kKeyBlocks], v[kValueBlocks][4];
   LoadKeys(step, slot, count, g, t, k);
 #pragma unroll
@@ -92,20 +95,29 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2) ShortKernel(DecodeArgs a) {
 }
 
 template <int kDim>
-void Launch(cudaStream_t stream, const DecodeArgs& args, int64_t tokens) {
+void Launch(cudaStream_t stream, const DecodeArgs& args, std::span<const int32_t> list,
+            const int32_t* uploaded, int64_t tokens) {
   const auto warps =
       static_cast<unsigned>(std::max<int64_t>((tokens + kMatrixTokens - 1) / kMatrixTokens, 1));
   const dim3 grid(static_cast<unsigned>(args.shape.kv_heads), static_cast<unsigned>(args.q.rows));
   const size_t shared = warps * static_cast<size_t>(args.shape.group()) * kDim * sizeof(float);
-  LaunchBehind(stream, grid, 32 * warps, shared, "launch of DecodeAttention", ShortKernel<kDim>,
-               args);
+  WithListArgument(list, uploaded, [&]<size_t kWords>(const ListArgument<kWords>& argument) {
+    LaunchBehind(stream, grid, 32 * warps, shared, "launch of DecodeAttention",
+                 ShortKernel<kDim, kWords>, args, argument);
+  });
 }
 
 }  // namespace
 
-void LaunchShortRows(cudaStream_t stream, const DecodeArgs& args, int64_t tokens) {
-  if (args.shape.head_dim == 64) return Launch<64>(stream, args, tokens);
-  Launch<128>(stream, args, tokens);
+bool HasShortRows(const AttentionShape& shape) { return FitsMatrixDecode(shape); }
+
+void LaunchShortDecodeAttention(cudaStream_t stream, PoolView pool, Tensor q,
+                                std::span<const int32_t> list, const int32_t* uploaded,
+                                int64_t max_tokens, Partials out) {
+  const DecodeArgs args{
+      q, static_cast<const __nv_bfloat16*>(pool.data), nullptr, nullptr, pool.shape, nullptr, out};
+  if (pool.shape.head_dim == 64) return Launch<64>(stream, args, list, uploaded, max_tokens);
+  Launch<128>(stream, args, list, uploaded, max_tokens);
 }
 
 }  // namespace passel::gpu::cuda

@@ -56,11 +56,12 @@ void LaunchSample(cudaStream_t stream, Tensor x, const SamplingRule* rules, int3
 size_t ColumnMeanScratch(int64_t rows, int64_t cols);
 void LaunchColumnMean(cudaStream_t stream, Tensor x, Tensor mean, double* sums);
 
+// Lists are arguments of the kernels that read them; one of more words must be `uploaded` as well.
+inline constexpr size_t kMaxListWords = 8000;  // of the 32,764 bytes that arguments may have
+
 // Partial results (partials.cu). list: where the entries of each row of `into` begin and, last,
 // where they end (into.max.rows + 1 numbers); then two numbers an entry: its row in `from` and the
-// first of its heads in `into`. The entries of a row are merged in their order. A list of up to
-// kMaxMergeWords is read at once, a longer one must be `uploaded`.
-inline constexpr size_t kMaxMergeWords = 8000;  // of the 32,764 bytes that arguments may have
+// first of its heads in `into`. The entries of a row are merged in their order.
 void LaunchClearPartials(cudaStream_t stream, Partials partials);
 void LaunchMergePartials(cudaStream_t stream, Partials into, Partials from,
                          std::span<const int32_t> list, const int32_t* uploaded);
@@ -85,21 +86,20 @@ struct DecodeRow {
 };
 // Sets split_tokens and splits from tokens.
 void CutDecodeRow(DecodeRow* row);
-// Rows of up to so many tokens may have a kernel of their own.
-inline constexpr int64_t kMaxShortTokens = 128;
-// Of the rows of a batch.
-struct DecodeExtent {
-  int32_t max_splits = 1;
-  bool any_long = false;
-  int64_t max_short_tokens = -1;  // −1: no row is short
-};
 // scratch: floats for `partials` splits, DecodePartialFloats each; unused where max_splits is 1.
 inline int64_t DecodePartialFloats(const AttentionShape& shape) {
   return int64_t{shape.heads} * (shape.head_dim + 2);
 }
 void LaunchDecodeAttention(cudaStream_t stream, PoolView pool, Tensor q, const int32_t* pages,
-                           const DecodeRow* rows, const DecodeExtent& extent, float* scratch,
-                           Partials out);
+                           const DecodeRow* rows, int32_t max_splits, float* scratch, Partials out);
+// Rows of up to kMaxShortTokens, where the shape has a kernel for them (decode_short.cu);
+// LaunchDecodeAttention then leaves them out. list: two numbers a row of q: its tokens, −1 for one
+// that is not short, and where its pages begin in the list, behind these. max_tokens: of these.
+inline constexpr int64_t kMaxShortTokens = 128;
+bool HasShortRows(const AttentionShape& shape);
+void LaunchShortDecodeAttention(cudaStream_t stream, PoolView pool, Tensor q,
+                                std::span<const int32_t> list, const int32_t* uploaded,
+                                int64_t max_tokens, Partials out);
 
 // Causal attention of a chunk (causal_attention.cu); head_dim ≤ kMaxHeadDim, a multiple of 8.
 void LaunchCausalAttention(cudaStream_t stream, const AttentionShape& shape, Tensor q, Tensor k,

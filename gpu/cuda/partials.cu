@@ -1,26 +1,14 @@
 // Merging and normalising partial attention results (runtime/base/partial.h).
 
-#include <cstring>
-
 #include "gpu/cuda/device_math.cuh"
 #include "gpu/cuda/kernels.h"
+#include "gpu/cuda/list_argument.cuh"
 
 namespace passel::gpu::cuda {
 namespace {
 
 constexpr int kHeadsEach = 4;  // of a block: a warp each
 constexpr int kPairs = 4;      // of a lane: head_dim ≤ 256
-
-// The list of LaunchMergePartials: an argument of the kernel where kWords hold it.
-template <size_t kWords>
-struct MergeList {
-  const int32_t* uploaded;  // null: content
-  int32_t content[kWords];
-
-  __device__ int32_t operator[](int64_t i) const {
-    return uploaded != nullptr ? uploaded[i] : content[i];
-  }
-};
 
 // Elements at and at + 1 of what others than this GPU write: not kept in L1.
 __device__ inline float2 LoadForeignPair(const float* at) { return {__ldcg(at), __ldcg(at + 1)}; }
@@ -41,7 +29,7 @@ struct LanePartial {
 // asked for before the kernels before are through. T: of from.num.
 template <typename T, size_t kWords>
 __global__ void __launch_bounds__(32 * kHeadsEach)
-    MergeKernel(Partials into, Partials from, const __grid_constant__ MergeList<kWords> list) {
+    MergeKernel(Partials into, Partials from, const __grid_constant__ ListArgument<kWords> list) {
   LetNextKernelStart();
   if (list.uploaded != nullptr) WaitForEarlierKernels();
   const int64_t head = int64_t{blockIdx.x} * kHeadsEach + threadIdx.x / 32;
@@ -109,26 +97,15 @@ __global__ void __launch_bounds__(32 * kHeadsEach)
   }
 }
 
-template <typename T, size_t kWords>
-void LaunchMerge(cudaStream_t stream, Partials into, Partials from, std::span<const int32_t> list,
-                 const int32_t* uploaded) {
-  MergeList<kWords> argument;
-  argument.uploaded = uploaded;
-  if (uploaded == nullptr) std::memcpy(argument.content, list.data(), list.size_bytes());
-  const dim3 grid(static_cast<unsigned>((into.max.cols + kHeadsEach - 1) / kHeadsEach),
-                  static_cast<unsigned>(into.max.rows));
-  LaunchBehind(stream, grid, 32 * kHeadsEach, 0, "launch of MergePartials", MergeKernel<T, kWords>,
-               into, from, argument);
-}
-
 template <typename T>
 void LaunchMerge(cudaStream_t stream, Partials into, Partials from, std::span<const int32_t> list,
                  const int32_t* uploaded) {
-  // All of an argument is copied, used or not.
-  if (uploaded != nullptr) return LaunchMerge<T, 1>(stream, into, from, list, uploaded);
-  if (list.size() <= 320) return LaunchMerge<T, 320>(stream, into, from, list, uploaded);
-  if (list.size() <= 1280) return LaunchMerge<T, 1280>(stream, into, from, list, uploaded);
-  LaunchMerge<T, kMaxMergeWords>(stream, into, from, list, uploaded);
+  const dim3 grid(static_cast<unsigned>((into.max.cols + kHeadsEach - 1) / kHeadsEach),
+                  static_cast<unsigned>(into.max.rows));
+  WithListArgument(list, uploaded, [&]<size_t kWords>(const ListArgument<kWords>& argument) {
+    LaunchBehind(stream, grid, 32 * kHeadsEach, 0, "launch of MergePartials",
+                 MergeKernel<T, kWords>, into, from, argument);
+  });
 }
 
 }  // namespace
