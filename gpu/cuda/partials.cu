@@ -8,26 +8,46 @@ namespace passel::gpu::cuda {
 namespace {
 
 constexpr int kHeadsEach = 4;  // of a block: a warp each
-constexpr int kPairs = 4;      // of a lane: head_dim ≤ 256
+constexpr int kFours = 2;      // of a lane: head_dim ≤ 256
 
-// Elements at and at + 1 of what others than this GPU write: not kept in L1.
-__device__ inline float2 LoadForeignPair(const float* at) { return {__ldcg(at), __ldcg(at + 1)}; }
-__device__ inline float2 LoadForeignPair(const __nv_bfloat16* at) {
-  const unsigned pair = __ldcg(reinterpret_cast<const unsigned*>(at));
-  return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
+// Up to four neighbouring elements of what others than this GPU write: not kept in L1. kAligned:
+// always four, by one request. No branch then, behind which the next requests would wait.
+template <bool kAligned>
+__device__ inline Four LoadForeignFour(const float* at, int count) {
+  if constexpr (kAligned) {
+    const float4 v = __ldcg(reinterpret_cast<const float4*>(at));
+    return {{v.x, v.y, v.z, v.w}};
+  }
+  Four four{};
+  for (int k = 0; k < count; ++k) four.value[k] = __ldcg(at + k);
+  return four;
+}
+template <bool kAligned>
+__device__ inline Four LoadForeignFour(const __nv_bfloat16* at, int count) {
+  if constexpr (kAligned) {
+    const uint2 v = __ldcg(reinterpret_cast<const uint2*>(at));
+    return {{__uint_as_float(v.x << 16), __uint_as_float(v.x & 0xffff0000u),
+             __uint_as_float(v.y << 16), __uint_as_float(v.y & 0xffff0000u)}};
+  }
+  Four four{};
+  for (int k = 0; k < count; ++k) {
+    const unsigned short bits = __ldcg(reinterpret_cast<const unsigned short*>(at) + k);
+    four.value[k] = __uint_as_float(unsigned{bits} << 16);
+  }
+  return four;
 }
 
 // What a lane holds of a head's partial.
 struct LanePartial {
   bool there = false;
   float scalar;  // lane 0: max, lane 1: den; one request, as they lie side by side
-  float2 num[kPairs];
+  Four num[kFours];
 };
 
 // One warp a (head, row) of `into`: walks the row's entries in order, two of them asked for ahead:
 // they lie in host memory, far away. They are there when this is launched, so the first ones are
 // asked for before the kernels before are through. T: of from.num.
-template <typename T, size_t kWords>
+template <typename T, bool kAligned, size_t kWords>
 __global__ void __launch_bounds__(32 * kHeadsEach)
     MergeKernel(Partials into, Partials from, const __grid_constant__ ListArgument<kWords> list) {
   LetNextKernelStart();
@@ -38,6 +58,7 @@ __global__ void __launch_bounds__(32 * kHeadsEach)
   const int64_t dim = into.num.cols / into.max.cols;
   const int32_t end = head < into.max.cols ? list[row + 1] : 0;
   int32_t next = list[row];
+  const auto count_at = [&](int at) { return static_cast<int>(min(dim - at, int64_t{4})); };
   // The next entry that has this head.
   const auto load = [&] {
     LanePartial part;
@@ -48,9 +69,9 @@ __global__ void __launch_bounds__(32 * kHeadsEach)
       part.there = true;
       const T* num = static_cast<const T*>(from.num.data) + from_row * from.num.stride + h * dim;
 #pragma unroll
-      for (int i = 0; i < kPairs; ++i) {
-        const int at = 2 * lane + 64 * i;
-        if (at < dim) part.num[i] = LoadForeignPair(num + at);
+      for (int i = 0; i < kFours; ++i) {
+        const int at = 4 * lane + 128 * i;
+        if (at < dim) part.num[i] = LoadForeignFour<kAligned>(num + at, count_at(at));
       }
       if (lane < 2) {
         part.scalar = __ldcg(F32Row(lane == 0 ? from.max : from.den, from_row) + h);
@@ -62,15 +83,14 @@ __global__ void __launch_bounds__(32 * kHeadsEach)
   if (list.uploaded == nullptr) WaitForEarlierKernels();
   if (!part.there) return;
 
-  float* num = F32Row(into.num, row) + head * dim;
   float max = F32Row(into.max, row)[head];
   float den = F32Row(into.den, row)[head];
   __syncwarp();  // lane 0 writes below what all have read here
-  float2 own[kPairs];
+  Four own[kFours];
 #pragma unroll
-  for (int i = 0; i < kPairs; ++i) {
-    const int at = 2 * lane + 64 * i;
-    if (at < dim) own[i] = {num[at], num[at + 1]};
+  for (int i = 0; i < kFours; ++i) {
+    const int at = 4 * lane + 128 * i;
+    if (at < dim) own[i] = LoadFour(into.num, row, head * dim + at, count_at(at));
   }
   for (; part.there; part = ahead, ahead = load()) {
     const float part_max = __shfl_sync(0xffffffffu, part.scalar, 0);
@@ -81,15 +101,17 @@ __global__ void __launch_bounds__(32 * kHeadsEach)
     den = weight * den + part_weight * __shfl_sync(0xffffffffu, part.scalar, 1);
     max = new_max;
 #pragma unroll
-    for (int i = 0; i < kPairs; ++i) {
-      own[i].x = weight * own[i].x + part_weight * part.num[i].x;
-      own[i].y = weight * own[i].y + part_weight * part.num[i].y;
+    for (int i = 0; i < kFours; ++i) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        own[i].value[k] = weight * own[i].value[k] + part_weight * part.num[i].value[k];
+      }
     }
   }
 #pragma unroll
-  for (int i = 0; i < kPairs; ++i) {
-    const int at = 2 * lane + 64 * i;
-    if (at < dim) num[at] = own[i].x, num[at + 1] = own[i].y;
+  for (int i = 0; i < kFours; ++i) {
+    const int at = 4 * lane + 128 * i;
+    if (at < dim) StoreFour(into.num, row, head * dim + at, count_at(at), own[i]);
   }
   if (lane == 0) {
     F32Row(into.max, row)[head] = max;
@@ -97,14 +119,14 @@ __global__ void __launch_bounds__(32 * kHeadsEach)
   }
 }
 
-template <typename T>
+template <typename T, bool kAligned>
 void LaunchMerge(cudaStream_t stream, Partials into, Partials from, std::span<const int32_t> list,
                  const int32_t* uploaded) {
   const dim3 grid(static_cast<unsigned>((into.max.cols + kHeadsEach - 1) / kHeadsEach),
                   static_cast<unsigned>(into.max.rows));
   WithListArgument(list, uploaded, [&]<size_t kWords>(const ListArgument<kWords>& argument) {
     LaunchBehind(stream, grid, 32 * kHeadsEach, 0, "launch of MergePartials",
-                 MergeKernel<T, kWords>, into, from, argument);
+                 MergeKernel<T, kAligned, kWords>, into, from, argument);
   });
 }
 
@@ -122,10 +144,14 @@ void LaunchClearPartials(cudaStream_t stream, Partials partials) {
 
 void LaunchMergePartials(cudaStream_t stream, Partials into, Partials from,
                          std::span<const int32_t> list, const int32_t* uploaded) {
-  if (from.num.type == DType::kBf16) {
-    return LaunchMerge<__nv_bfloat16>(stream, into, from, list, uploaded);
-  }
-  LaunchMerge<float>(stream, into, from, list, uploaded);
+  const auto launch = [&]<typename T>(T) {
+    const bool aligned = reinterpret_cast<uintptr_t>(from.num.data) % (4 * sizeof(T)) == 0 &&
+                         from.num.stride % 4 == 0 && into.num.cols / into.max.cols % 4 == 0;
+    if (aligned) return LaunchMerge<T, true>(stream, into, from, list, uploaded);
+    LaunchMerge<T, false>(stream, into, from, list, uploaded);
+  };
+  if (from.num.type == DType::kBf16) return launch(__nv_bfloat16{});
+  launch(float{});
 }
 
 void LaunchNormalizePartials(cudaStream_t stream, Partials partials, Tensor out) {
