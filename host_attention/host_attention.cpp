@@ -160,8 +160,9 @@ struct HostAttention::Impl {
   const Mean no_mean;
   std::unordered_map<RequestId, Request> requests;
   std::vector<std::pair<const Request*, const Head*>> asked;  // of the batch that is prefetched
-  Recycler<std::vector<float>> results{
-      16, uint64_t{4} << 20, [](const std::vector<float>& v) { return v.size() * sizeof(float); }};
+  Recycler<std::vector<float>> results{16, uint64_t{4} << 20, [](const std::vector<float>& v) {
+                                         return v.capacity() * sizeof(float);
+                                       }};
   std::unique_ptr<Pool> pool;  // last, so that its jobs end first
 };
 

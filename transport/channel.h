@@ -32,7 +32,7 @@ struct OutgoingFrame {
 };
 
 // Memory of this process that peers on the same machine read where it lies. May outlive the
-// channel.
+// channel; released by its thread, or later.
 class SharedMemory {
  public:
   virtual ~SharedMemory() = default;

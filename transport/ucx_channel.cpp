@@ -370,6 +370,7 @@ bool Impl::FreeEnded(std::vector<void*>& requests) {
 void Impl::ProgressUntil(const std::function<bool()>& ended, Clock::time_point deadline) {
   while (!ended() && Clock::now() < deadline) {
     if (!ProgressWorker()) std::this_thread::sleep_for(std::chrono::microseconds(50));
+    SendFetched();
     if (!std::exchange(any_failure_, false)) continue;
     for (auto& [rank, peer] : peers_) {
       if (peer->failure != UCS_OK) Drop(*peer);

@@ -75,7 +75,6 @@ ucs_status_t UcxReceiver::Arrived(const FrameHeader& header, void* data, uint64_
 ucs_status_t UcxReceiver::OnReferral(void* arg, const void* header_data, size_t header_bytes,
                                      void* data, size_t bytes, const ucp_am_recv_param_t* param) {
   auto* self = static_cast<UcxReceiver*>(arg);
-  if (self->stopped_) return UCS_OK;
   const std::span header(static_cast<const std::byte*>(header_data), header_bytes);
   const bool whole = (param->recv_attr & UCP_AM_RECV_ATTR_FLAG_RNDV) == 0;
   const auto parsed = ParseFrameHeader(header, nullptr);
@@ -83,22 +82,43 @@ ucs_status_t UcxReceiver::OnReferral(void* arg, const void* header_data, size_t 
     self->gate_->CountMalformed();
     return UCS_OK;
   }
-  const auto* begin = static_cast<const std::byte*>(data);
+  try {
+    const RankId source(parsed->source);
+    const bool known = parsed->nonce == self->gate_->nonce() && self->gate_->Knows(source);
+    const std::span body(static_cast<const std::byte*>(data), bytes);
+    if (!self->Announce(header, *parsed, body) && known) {
+      // Its sender waits for this, as for the end of any send.
+      self->fetched_.emplace_back(source, parsed->sequence);
+    }
+  } catch (const std::bad_alloc&) {
+    self->gate_->CountOverflow();
+  }
+  return UCS_OK;
+}
+
+bool UcxReceiver::Announce(std::span<const std::byte> header, const FrameHeader& parsed,
+                           std::span<const std::byte> referral) {
+  if (stopped_) return false;
+  const auto admitted = gate_->Admit(header, parsed.payload_bytes);
+  if (!admitted) return false;
+  if (announced_.size() >= kMaxAnnounced) {
+    gate_->CountOverflow();
+    return false;
+  }
   auto large = std::make_unique<LargeFrame>();
-  large->referral.assign(begin, begin + bytes);
-  large->parts = self->sharing_->Resolve(RankId(parsed->source), large->referral);
+  if (referral.size() <= UcxSharing::kMostReferral) {
+    large->referral.assign(referral.begin(), referral.end());
+    large->parts = sharing_->Resolve(RankId(admitted->source), large->referral);
+  }
   uint64_t payload = 0;
   for (const auto& part : large->parts) payload += part.size();
-  const auto admitted = self->gate_->Admit(header, payload);
-  if (admitted && self->announced_.size() < kMaxAnnounced) {
-    large->frame.header = *admitted;
-    self->announced_.push_back(std::move(large));
-    return UCS_OK;
+  if (payload != admitted->payload_bytes) {
+    gate_->CountMalformed();
+    return false;
   }
-  if (admitted) self->gate_->CountOverflow();
-  // Its sender waits for this, as for the end of any send.
-  self->fetched_.emplace_back(RankId(parsed->source), parsed->sequence);
-  return UCS_OK;
+  large->frame.header = *admitted;
+  announced_.push_back(std::move(large));
+  return true;
 }
 
 void UcxReceiver::Fetch(LargeFrame& large) {
@@ -191,7 +211,12 @@ void UcxReceiver::Stop() {
   for (Frame& frame : ready_) Recycle(frame);
   ready_.clear();
   for (const auto& large : announced_) {
-    if (large->descriptor != nullptr) ucp_am_data_release(worker_, large->descriptor);
+    if (large->descriptor != nullptr) {
+      ucp_am_data_release(worker_, large->descriptor);
+    } else {
+      const FrameHeader& header = large->frame.header;
+      fetched_.emplace_back(RankId(header.source), header.sequence);
+    }
   }
   announced_.clear();
 }

@@ -64,6 +64,9 @@ class UcxReceiver {
   void Finish(LargeFrame* large, ucs_status_t status);
   void Recycle(Frame& frame);
 
+  // False where the referral is not taken.
+  bool Announce(std::span<const std::byte> header, const FrameHeader& parsed,
+                std::span<const std::byte> referral);
   void Fetch(LargeFrame& large);
 
   ucp_worker_h worker_;

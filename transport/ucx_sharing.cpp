@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <cstring>
 #include <fstream>
+#include <new>
 #include <set>
 #include <string>
 #include <utility>
@@ -15,8 +16,6 @@ namespace {
 constexpr size_t kMostRegions = 64;
 // Less than this is copied sooner than it is referred to.
 constexpr uint64_t kLeastReferred = 4096;
-// What travels of a referral goes in one message.
-constexpr uint64_t kMostTravelling = 65536;
 
 // Whether a shared mapping of a file begins there and covers it: a region that is shorter than its
 // owner says would end this process later.
@@ -98,8 +97,12 @@ ucs_status_t UcxSharing::OnOffer(void* arg, const void* header, size_t header_by
     self->gate_->CountMalformed();
     return UCS_OK;
   }
-  const auto* begin = static_cast<const std::byte*>(data);
-  self->offers_.push_back({*notice, {begin, begin + bytes}});
+  try {
+    const auto* begin = static_cast<const std::byte*>(data);
+    self->offers_.push_back({*notice, {begin, begin + bytes}});
+  } catch (const std::bad_alloc&) {
+    self->gate_->CountOverflow();
+  }
   return UCS_OK;
 }
 
@@ -174,8 +177,9 @@ std::vector<std::byte> UcxSharing::Refer(RankId to, const OutgoingFrame& frame) 
   add(frame.payload);
   for (const auto& piece : frame.pieces) add(piece);
   const uint64_t count = parts.size();
-  if (referred < kLeastReferred || bytes + count * sizeof(Part) > kMostTravelling) return {};
-  std::vector<std::byte> out(sizeof count + count * sizeof(Part) + bytes);
+  const uint64_t size = sizeof count + count * sizeof(Part) + bytes;
+  if (referred < kLeastReferred || size > kMostReferral) return {};
+  std::vector<std::byte> out(size);
   std::memcpy(out.data(), &count, sizeof count);
   std::memcpy(out.data() + sizeof count, parts.data(), count * sizeof(Part));
   std::byte* at = out.data() + sizeof count + count * sizeof(Part);

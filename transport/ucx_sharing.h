@@ -46,6 +46,8 @@ class UcxSharing {
 
   // A region of this rank's, offered to the peers at `with`. Null where UCX has no such memory.
   std::shared_ptr<SharedMemory> Allocate(size_t bytes, const std::map<RankId, ucp_ep_h>& with);
+  // Bytes of a referral's data, at most: it goes in one message.
+  static constexpr uint64_t kMostReferral = 65536;
   // The data of a referral of `frame`: the number of its parts (u64), a Part each, and behind them
   // what must travel. Empty where `to` reads none of it in place, or too little.
   std::vector<std::byte> Refer(RankId to, const OutgoingFrame& frame) const;
@@ -62,7 +64,7 @@ class UcxSharing {
     }
     return true;
   }
-  // Before the endpoints go: the peers' regions.
+  // Before the worker goes, when nothing is to be fetched any more: the peers' regions.
   void Close();
 
  private:

@@ -41,7 +41,9 @@ class Recycler {
 
  private:
   struct Shared {
-    Shared(size_t m, uint64_t l, uint64_t (*s)(const T&)) : most(m), largest(l), size_of(s) {}
+    Shared(size_t m, uint64_t l, uint64_t (*s)(const T&)) : most(m), largest(l), size_of(s) {
+      free.reserve(most);
+    }
     const size_t most;
     const uint64_t largest;
     uint64_t (*const size_of)(const T&);

@@ -172,11 +172,18 @@ std::shared_ptr<float> HostRank::ReplyMemory::Take(size_t floats) {
   const auto in = [](const std::shared_ptr<transport::SharedMemory>& block) {
     return std::shared_ptr<float>(block, reinterpret_cast<float*>(block->bytes().data()));
   };
-  for (const auto& block : blocks_) {
-    if (block.use_count() == 1 && block->bytes().size() >= bytes) return in(block);
+  std::shared_ptr<transport::SharedMemory>* small = nullptr;
+  for (auto& block : blocks_) {
+    if (block.use_count() > 1) continue;
+    if (block->bytes().size() >= bytes) return in(block);
+    small = &block;
   }
-  if (blocks_.size() < kMost && bytes <= kLargest) {
-    if (auto block = channel_.ShareMemory(bytes, readers_)) return in(blocks_.emplace_back(block));
+  if (bytes <= kLargest && (blocks_.size() < kMost || small != nullptr)) {
+    if (auto block = channel_.ShareMemory(bytes, readers_)) {
+      if (blocks_.size() < kMost) small = &blocks_.emplace_back();
+      *small = std::move(block);
+      return in(*small);
+    }
   }
   return {new float[floats], std::default_delete<float[]>()};
 }
@@ -226,11 +233,10 @@ void HostRank::RetryWaiting() {
   for (size_t i = waiting_.size(); i > 0; --i) {
     auto query = std::move(waiting_.front());
     waiting_.pop_front();
-    if (Ready(*query) && Start(query)) {
-      waiting_bytes_ -= query->bytes();
-    } else {
-      waiting_.push_back(std::move(query));
-    }
+    waiting_bytes_ -= query->bytes();
+    if (Ready(*query) && Start(query)) continue;
+    waiting_bytes_ += query->bytes();
+    waiting_.push_back(std::move(query));
   }
 }
 
@@ -256,16 +262,22 @@ bool HostRank::Start(const std::shared_ptr<Query>& query) {
     }
   }
   ++in_flight_;
-  const host::Status status =
-      attention_.Attend(std::move(batch), [this, query](std::vector<host::PartialItem> items) {
-        try {
-          Reply(*query, std::move(items));
-        } catch (const std::exception& e) {  // too large for a frame, or no memory for it
-          Drop(query->header, e.what());
-        }
-        --in_flight_;
-        channel_.Wake();
-      });
+  host::Status status;
+  try {
+    status =
+        attention_.Attend(std::move(batch), [this, query](std::vector<host::PartialItem> items) {
+          try {
+            Reply(*query, std::move(items));
+          } catch (const std::exception& e) {  // too large for a frame, or no memory for it
+            Drop(query->header, e.what());
+          }
+          --in_flight_;
+          channel_.Wake();
+        });
+  } catch (...) {  // no memory
+    --in_flight_;
+    throw;
+  }
   if (status == host::Status::kOk) return true;
   --in_flight_;
   // Its request may be opened, or its tokens come, later.

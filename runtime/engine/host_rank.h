@@ -42,7 +42,8 @@ class HostRank {
     // Memory that was used before may be larger than what is in it.
     uint64_t bytes() const {
       return sizeof(Query) + entries.capacity() * sizeof(cluster::QueryEntry) +
-             q.capacity() * sizeof(bf16) + codes.capacity() * sizeof(uint16_t);
+             asked.capacity() * sizeof(cluster::PartialEntry) + q.capacity() * sizeof(bf16) +
+             codes.capacity() * sizeof(uint16_t);
     }
   };
 
