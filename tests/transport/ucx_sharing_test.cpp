@@ -288,6 +288,24 @@ TEST_P(UcxFetching, CloseEndsReferralsToAKilledPeerInItsTime) {
   EXPECT_EQ(NeverAnswered(GetParam(), Peer::kIsKilled, End::kClose), "");
 }
 
+// Both close with a frame under way that the other has yet to fetch.
+TEST_P(UcxFetching, RanksThatCloseDoNotWaitForEachOther) {
+  const auto body = [](ForkedRank& me) {
+    auto channel = me.Start(kNonce);
+    const RankId other(1 - me.rank());
+    const Memory memory = channel->ShareMemory(65536, std::vector{other});
+    SendUntilReferred(*channel, other, memory);
+    me.Barrier(channel.get());
+    int done = 0;
+    channel->Send(other, {Header(FrameType::kKv), {}, [&] { ++done; }, {memory->bytes()}});
+    const auto start = steady_clock::now();
+    channel->Close(kCloseTimeout);
+    me.Require(steady_clock::now() - start < kCloseTimeout / 2, "Close waited for its time-out");
+    me.Require(done == 1, "the send did not end");
+  };
+  EXPECT_EQ(RunForked(2, GetParam().environment, body), "");
+}
+
 TEST_P(UcxSharingWays, MemoryIsReleasedAndSharedAnewAndOutlivesTheChannel) {
   const bool fetched = GetParam().described != kTcp.described;
   const auto body = [&](ForkedRank& me) {
