@@ -94,12 +94,7 @@ __global__ void __launch_bounds__(kDecodeThreads) MatrixSplitKernel(DecodeArgs a
     load_values(next_page, step + kStep);
   }
 
-  den += __shfl_xor_sync(0xffffffffu, den, 1);
-  den += __shfl_xor_sync(0xffffffffu, den, 2);
-  if (t == 0) {
-    warp_max[warp][g] = max;
-    warp_den[warp][g] = den;
-  }
+  KeepMaxAndDen(max, den, g, t, warp_max[warp], warp_den[warp]);
 #pragma unroll
   for (int b = 0; b < kValueBlocks; ++b) {
 #pragma unroll

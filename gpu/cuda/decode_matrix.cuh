@@ -119,6 +119,17 @@ __device__ inline void AddValues(const uint32_t (&p)[4], const uint4 (&v)[4], fl
   pairs(v[0].w, v[1].w, v[2].w, v[3].w, 6);
 }
 
+// A warp's max and den of each head, where MergeWarps looks for them. den: this lane's part of it.
+__device__ inline void KeepMaxAndDen(float max, float den, int g, int t, float (&max_of)[8],
+                                     float (&den_of)[8]) {
+  den += __shfl_xor_sync(0xffffffffu, den, 1);
+  den += __shfl_xor_sync(0xffffffffu, den, 2);
+  if (t == 0) {
+    max_of[g] = max;
+    den_of[g] = den;
+  }
+}
+
 // What the warps of a block found, merged and written. max (to base 2), den: [warps][8]; num:
 // [warps][num_heads][dim]; in shared memory.
 __device__ inline void MergeWarps(const float (*max)[8], const float (*den)[8], const float* num,

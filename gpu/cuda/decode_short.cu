@@ -70,13 +70,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2)
   }
   const float max = MaxOfScores(s);
   uint32_t p[4];
-  float den = WeightOperand(s, max == -INFINITY ? 0.0f : max, p);
-  den += __shfl_xor_sync(0xffffffffu, den, 1);
-  den += __shfl_xor_sync(0xffffffffu, den, 2);
-  if (t == 0) {
-    warp_max[warp][g] = max;
-    warp_den[warp][g] = den;
-  }
+  const float den = WeightOperand(s, max == -INFINITY ? 0.0f : max, p);
+  KeepMaxAndDen(max, den, g, t, warp_max[warp], warp_den[warp]);
 #pragma unroll
   for (int b = 0; b < kValueBlocks; ++b) {
     float num[8][4] = {};
