@@ -208,8 +208,8 @@ __global__ void __launch_bounds__(kThreads, 1) ChainKernel(const __grid_constant
         constexpr int kParts = decltype(parts)::value;
         const int32_t tile = u / p.steps;
         const int32_t tile_end = (tile + 1) * p.steps, stop = min(tile_end, end);
-        // What adds is finished by a tile's sharers, one or more.
-        const bool whole = u == tile * p.steps && end >= tile_end && !p.add;
+        // What adds or turns is finished by a tile's sharers, one or more.
+        const bool whole = u == tile * p.steps && end >= tile_end && !p.add && p.turns == nullptr;
         float acc[kParts][kRows / 2] = {};
         int held = -1, x_held = -1;
         for (; u < stop; ++u) {
@@ -254,15 +254,13 @@ __global__ void __launch_bounds__(kThreads, 1) ChainKernel(const __grid_constant
                                     (p.groups - warp + 7) / 8, acc);
           return;
         }
-        float* to =
-            args.sums + SumsBefore<kRows>(i % 2, block, tile == first_tile ? 0 : 1) + lane * 4;
+        OwnSums::Four* to = SumsOf<kRows>(args, i % 2, block, tile == first_tile ? 0 : 1) + lane;
 #pragma unroll
         for (int j = 0; j < kRows / 8; ++j) {
           if (j >= columns) break;
           const float* sums = acc[0] + j * 4;
-          StoreSums<Scope::kGpu>(
-              to + (warp * (kRows / 8) + j) * 128,
-              {Present(sums[0]), Present(sums[1]), Present(sums[2]), Present(sums[3])});
+          OwnSums::Store(to + (warp * (kRows / 8) + j) * 32,
+                         OwnSums::Of(sums[0], sums[1], sums[2], sums[3]));
         }
         (tile == first_tile ? first_share : last_share) = ShareOf(p, i % 2, tile, block, columns);
       };

@@ -16,6 +16,7 @@ constexpr int kWarps = kConsumers / 32;
 constexpr int kStep = 64;  // elements of k
 constexpr int kHalf = 64;  // features of a warpgroup
 constexpr int kTileFeatures = 2 * kHalf;
+static_assert(kTileFeatures == kTurnedHead);
 constexpr int kHalfBytes = kHalf * kStep * 2;  // of weights in a step
 constexpr int kWeightBytes = 2 * kHalfBytes;   // a place in the ring of weights
 constexpr int kSharedBytes = 227 * 1024;
@@ -39,13 +40,15 @@ struct Phase {
   int32_t x_parts;  // sums of squares of a row of x
   int32_t parts;
   int32_t sum_turn;
+  const float2* turns;
+  int32_t turned;
   bool add, silu;
 };
 
 struct ChainArgs {
   Phase phases[kMaxChain];
   int32_t count, n;
-  float* sums;         // [2, blocks, kSlots, tile]: for one product and the next
+  uint2* sums;         // [2, blocks, kSlots, tile] bf16: for one product and the next
   float* squares;      // [2, kMaxChainRows, kMostParts]
   uint32_t* counters;  // first those of the phases
   uint32_t* stale;     // what the next chain counts with
@@ -57,7 +60,7 @@ struct Shape {
   static constexpr int kRowBytes = kRows * kStep * 2;
   static constexpr int kXStages = kRows == 64 ? 6 : 8;
   static constexpr int kStages = (kSharedBytes - kReserved - kXStages * kRowBytes) / kWeightBytes;
-  static constexpr int kSumFloats = kTileFeatures * kRows;
+  static constexpr int kTileFours = kTileFeatures * kRows / 4;
   // Of weights, copies that a block has under way: many make all that others wait for slower, so
   // they are fewer for a product whose x is not there yet, while sums go from block to block. Where
   // the ring is full, a step goes to L2 every kPace cycles, up to kAhead of them.

@@ -131,6 +131,30 @@ struct Piece {
   }
 };
 
+// RoPE of a thread's sums of two pieces, 64 features apart.
+struct Turn {
+  float2 of[4] = {};  // of the sums x, y, z, w
+
+  __device__ void Load(const ChainArgs& args, const Phase& p, const Piece& piece) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = piece.row + i % 2, pair = piece.feature % kTurnedHead + i / 2 * 8;
+      if (row < args.n) of[i] = __ldg(p.turns + row * (kTurnedHead / 2) + pair);
+    }
+  }
+  __device__ void Apply(float4 (&sum)[2]) const {
+    const auto turn = [](float& a, float& b, float2 by) {
+      const float first = a * by.x - b * by.y;
+      b = b * by.x + a * by.y;
+      a = first;
+    };
+    turn(sum[0].x, sum[1].x, of[0]);
+    turn(sum[0].y, sum[1].y, of[1]);
+    turn(sum[0].z, sum[1].z, of[2]);
+    turn(sum[0].w, sum[1].w, of[3]);
+  }
+};
+
 // By a warp, of one piece or two.
 __device__ inline void StoreSquares(float* squares, int part, int row, float (&square)[2]) {
 #pragma unroll
@@ -154,15 +178,17 @@ __device__ inline void Finish(const ChainArgs& args, const Phase& p, float* squa
   const auto group_of = [&](int half) { return share.tile * 8 + half * 4 + quarter; };
 #pragma unroll
   for (int half = 0; half < 2; ++half) pieces[half].Load(args, p, group_of(half), column);
+  const bool turned = pieces[0].feature < p.turned;
+  Turn turn;
+  if (turned) turn.Load(args, p, pieces[0]);
   float4 sum[2] = {};
   if (p.sum_turn < 0) {
     TakeOwnSums<kRows>(args, share, item, columns, sum);
   } else {
-    TakeSums<kRows, Scope::kSystem>(
+    TakeSums<kRows, PeerSums>(
         args.peers.ranks, args.peers.abandoned,
         [&](int rank) {
-          return args.peers.of[args.peers.rank] +
-                 PlaceInInbox<kRows>(args, p, rank, share.tile, item, columns);
+          return PlaceInInbox<kRows>(args, p, args.peers.rank, rank, share.tile, item, columns);
         },
         sum);
   }
@@ -179,6 +205,7 @@ __device__ inline void Finish(const ChainArgs& args, const Phase& p, float* squa
     }
     return;
   }
+  if (turned) turn.Apply(sum);
   float square[2] = {};
 #pragma unroll
   for (int half = 0; half < 2; ++half) pieces[half].Store(args, p, factors, sum[half], square);

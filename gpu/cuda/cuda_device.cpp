@@ -245,6 +245,18 @@ bool CudaDevice::PutOffNorm(const Tensor& x, const Tensor& norm, const Tensor& n
   return true;
 }
 
+bool CudaDevice::PutOffRope(const Tensor& x, int32_t head_dim, const void* table) {
+  if (put_off_.empty() || head_dim != kTurnedHead) return false;
+  ChainedProduct& last = put_off_.back();
+  if (!CanTurn(last) || last.turns != nullptr || last.out.data != x.data ||
+      last.out.rows != x.rows || last.out.cols < x.cols || last.out.stride != x.stride) {
+    return false;
+  }
+  last.turns = static_cast<const float2*>(table);
+  last.turned = x.cols;
+  return true;
+}
+
 // Row-major out = x Wᵀ is column-major outᵀ = W xᵀ, with W stored transposed.
 void CudaDevice::Product(const void* w, int64_t out_features, Tensor x, Tensor out,
                          bool accumulate) {
@@ -257,7 +269,7 @@ void CudaDevice::Product(const void* w, int64_t out_features, Tensor x, Tensor o
               "cublasGemmEx");
 }
 
-// What ends a chain is issued with it; alone, it is as fast by itself.
+// What ends a chain; alone, it is as fast by itself.
 void CudaDevice::MatMul(const Linear& w, Tensor x, Tensor out) {
   ChainedProduct product{.x = x, .out = out};
   if (put_off_.empty() || !CanPutOff(w, &product)) return Multiply(w, x, out, false);
@@ -272,7 +284,6 @@ void CudaDevice::NormMatMul(Tensor x, Tensor norm, float eps, const Linear& w, T
     return Device::NormMatMul(x, norm, eps, w, out, normed);
   }
   PutOff(w, product);
-  IssueTo();
 }
 
 void CudaDevice::NormMatMulSilu(Tensor x, Tensor norm, float eps, const Linear& w, Tensor out,

@@ -95,6 +95,8 @@ class CudaDevice final : public Device {
   bool AllCanPutOff(const Linear& w, ChainedProduct* product, Collectives& ranks) const;
   // Has the product put off last, where its result is x, write what the next one reads of norm(x).
   bool PutOffNorm(const Tensor& x, const Tensor& norm, const Tensor& normed);
+  // Has the product put off last, where x is the first columns of its result, turn them.
+  bool PutOffRope(const Tensor& x, int32_t head_dim, const void* table);
 
   void Multiply(const Linear& w, Tensor x, Tensor out, bool accumulate);
   void Product(const void* w, int64_t out_features, Tensor x, Tensor out, bool accumulate);

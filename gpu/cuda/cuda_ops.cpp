@@ -55,9 +55,12 @@ void CudaDevice::Rope(Tensor x, int32_t head_dim, std::span<const float> inv_fre
     rope_positions_.assign(positions.begin(), positions.end());
     rope_inv_freq_.assign(inv_freq.begin(), inv_freq.end());
     const int64_t* device_positions = ring_.Upload(positions);
-    LaunchRopeTable(IssueTo(), device_positions, x.rows, ring_.Upload(inv_freq), half, table);
+    // Nothing that was put off uses it.
+    LaunchRopeTable(stream_.get, device_positions, x.rows, ring_.Upload(inv_freq), half, table);
   }
-  LaunchRope(IssueTo(), x, head_dim, table);
+  const bool put_off = PutOffRope(x, head_dim, table);
+  cudaStream_t stream = IssueTo();
+  if (!put_off) LaunchRope(stream, x, head_dim, table);
 }
 
 void CudaDevice::SiluMul(Tensor gate_up, Tensor out) {

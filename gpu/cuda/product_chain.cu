@@ -55,7 +55,7 @@ int Processors() {
 }
 
 constexpr size_t SumBytes(size_t blocks) {
-  return 2 * blocks * kSlots * kTileFeatures * kMaxChainRows * sizeof(float);
+  return 2 * blocks * kSlots * kTileFeatures * kMaxChainRows * sizeof(__nv_bfloat16);
 }
 constexpr size_t kSquareBytes = 2 * size_t{kMaxChainRows} * kMostParts * sizeof(float);
 
@@ -82,8 +82,8 @@ int64_t AllGroups(const ChainedProduct& product) {
 int32_t GroupsOf(const ChainedProduct& product) {
   const int64_t blocks = Processors();
   const int64_t groups = AllGroups(product), most = (groups + blocks - 1) / blocks;
-  const bool one_each = product.kind != ChainedProduct::Kind::kAdd && most >= 6 && most <= 16 &&
-                        (groups + most - 1) / most * 100 >= blocks * 95;
+  const bool one_each = product.kind != ChainedProduct::Kind::kAdd && product.turns == nullptr &&
+                        most >= 6 && most <= 16 && (groups + most - 1) / most * 100 >= blocks * 95;
   return one_each ? static_cast<int32_t>(most) : 8;
 }
 
@@ -98,7 +98,7 @@ void Launch(cudaStream_t stream, std::span<const ChainedProduct> products, void*
   args.stale = reinterpret_cast<uint32_t*>(memory) + (1 - turn) * kCounters;
   memory += 2 * kCounters * sizeof(uint32_t);
   args.squares = reinterpret_cast<float*>(memory);
-  args.sums = reinterpret_cast<float*>(memory + kSquareBytes);
+  args.sums = reinterpret_cast<OwnSums::Four*>(memory + kSquareBytes);
   args.count = static_cast<int32_t>(products.size());
   args.n = static_cast<int32_t>(products[0].x.rows);
   if (peers != nullptr) args.peers = *peers;
@@ -108,6 +108,8 @@ void Launch(cudaStream_t stream, std::span<const ChainedProduct> products, void*
     p.silu = from.kind == ChainedProduct::Kind::kSilu;
     p.add = from.kind == ChainedProduct::Kind::kAdd;
     p.sum_turn = from.sum_turn;
+    p.turns = from.turns;
+    p.turned = static_cast<int32_t>(from.turned);
     const int64_t k = from.x.cols;
     const int64_t x_size[] = {k, from.x.rows}, x_apart[] = {from.x.stride};
     const int x_box[] = {kStep, kRows};
@@ -174,6 +176,11 @@ bool FitsProductChain(const ChainedProduct& product) {
          tiles * steps * (Processors() + 1) <= INT32_MAX &&
          // A block that finishes squares has room for the sums of two tiles.
          (product.kind != ChainedProduct::Kind::kAdd || tiles <= Processors());
+}
+
+bool CanTurn(const ChainedProduct& product) {
+  return product.kind == ChainedProduct::Kind::kStore &&
+         (AllGroups(product) + 7) / 8 <= Processors();
 }
 
 size_t ProductChainScratch() {

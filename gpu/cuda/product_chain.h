@@ -25,7 +25,13 @@ struct ChainedProduct {
   // Of a product that adds: every rank adds the sum over the ranks, in their order. 0, 1, 0, 1, …
   // for one such product after another; −1: no sum.
   int sum_turn = -1;
+  // Of a product that stores: the first `turned` features are heads of kTurnedHead, turned by RoPE;
+  // cosine and sine of every row's angles.
+  const float2* turns = nullptr;  // [n, kTurnedHead / 2]
+  int64_t turned = 0;
 };
+// A tile's features: a thread that finishes sums has both elements of its pairs.
+inline constexpr int64_t kTurnedHead = 128;
 
 // Where ranks send each other their sums: the inbox of every rank, as this one's kernels write it.
 // An inbox has a place for either turn and every sender, so a sum needs no wait but for the others'
@@ -45,6 +51,8 @@ inline constexpr int64_t kMaxSummedFeatures = 16384;
 // Whether this GPU runs chains at all.
 bool ServesProductChains();
 bool FitsProductChain(const ChainedProduct& product);
+// Whether one that stores can turn its features as well.
+bool CanTurn(const ChainedProduct& product);
 // What the chains of a stream work in, one after another, once it is prepared.
 size_t ProductChainScratch();
 void PrepareProductChainScratch(cudaStream_t stream, void* scratch);

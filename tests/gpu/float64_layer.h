@@ -50,6 +50,25 @@ inline Doubles Silu(const Doubles& gate_up, int64_t ffn) {
   return y;
 }
 
+// RoPE of the first `turned` of `cols` columns: heads of head_dim, element i with i + head_dim / 2.
+inline void Turn(Doubles* x, int64_t cols, int64_t turned, int64_t head_dim,
+                 const std::vector<float>& inv_freq, const std::vector<int64_t>& positions) {
+  const int64_t half = head_dim / 2;
+  for (size_t row = 0; row < positions.size(); ++row) {
+    for (int64_t pair = 0; pair < turned / 2; ++pair) {
+      const int64_t i = pair % half;
+      const double angle = static_cast<double>(positions[row]) *
+                           static_cast<double>(inv_freq[static_cast<size_t>(i)]);
+      double& a =
+          (*x)[row * static_cast<size_t>(cols) + static_cast<size_t>(pair / half * head_dim + i)];
+      double& b = *(&a + half);
+      const double first = a * std::cos(angle) - b * std::sin(angle);
+      b = b * std::cos(angle) + a * std::sin(angle);
+      a = first;
+    }
+  }
+}
+
 // ‖got − exact‖ / ‖exact‖; NaN where `got` has one.
 inline double RelativeError(const std::vector<float>& got, const Doubles& exact) {
   double difference = 0, size = 0;
