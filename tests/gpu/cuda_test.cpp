@@ -62,17 +62,21 @@ TEST(CudaMatMul, EveryNumberOfRowsEqualsFloat64) {
       const auto got = y.Get(), added = sum.Get();
       for (int64_t i = 0; i < n; i += 1 + n / 5) {
         for (int64_t o = i % 3; o < out; o += 61) {
-          double exact = 0, size = 0;
+          double exact = 0, size = 0, squares = 0;
           for (int64_t j = 0; j < in; ++j) {
             const double product = static_cast<double>(x[static_cast<size_t>(i * in + j)]) *
                                    static_cast<double>(w[static_cast<size_t>(o * in + j)]);
             exact += product;
             size += std::abs(product);
+            squares += product * product;
           }
+          // A chain's blocks round what they hand each other to bf16, 2^-9 of a part's size at
+          // most.
+          const double rounded = n > 8 && n <= 64 ? std::sqrt(squares) / 128 : 0;
           const auto at = static_cast<size_t>(i * out + o);
           ASSERT_NEAR(static_cast<double>(got[at]), exact, 1e-6 * size) << n << " rows, " << o;
           ASSERT_NEAR(static_cast<double>(added[at]), exact + static_cast<double>(before[at]),
-                      1e-6 * size)
+                      1e-6 * size + rounded)
               << n << " rows, " << o;
         }
       }
