@@ -131,7 +131,7 @@ class CudaDevice final : public Device {
   AttentionShape pool_shape_;
   int32_t pool_pages_ = 0;
 
-  std::unique_ptr<Buffer> projections_;
+  std::unique_ptr<Buffer> projections_, hash_scratch_;
   int32_t hash_dim_ = 0, hash_bits_ = 0, hash_tables_ = 0;
 
 #ifdef PASSEL_CUDNN

@@ -242,6 +242,11 @@ void CudaDevice::SetProjections(std::span<const float> r, int32_t head_dim, int3
   projections_.reset();
   projections_ = Allocate(packed.size() * sizeof(uint16_t));
   CopyToDevice(projections_->data(), packed.data(), projections_->bytes());
+  if (hash_scratch_ == nullptr) {
+    hash_scratch_ = MakeDeviceBuffer(nullptr, HashScratchBytes());
+    CheckCuda(cudaMemsetAsync(hash_scratch_->data(), 0, HashScratchBytes(), stream_.get),
+              "cudaMemsetAsync");
+  }
   Record()->Wait();
   hash_dim_ = head_dim;
   hash_bits_ = k;
@@ -257,8 +262,8 @@ void CudaDevice::HashCodes(Tensor x, Tensor mean, Tensor codes) {
   Check(mean.data == nullptr || (mean.type == DType::kF32 && mean.cols == x.cols &&
                                  (mean.rows == 1 || mean.rows == x.rows)),
         "HashCodes: mean does not fit x");
-  LaunchHashCodes(IssueTo(), projections_->data(), hash_dim_, hash_bits_, hash_tables_, x, mean,
-                  codes);
+  LaunchHashCodes(IssueTo(), projections_->data(), hash_dim_, hash_bits_, hash_tables_,
+                  hash_scratch_->data(), x, mean, codes);
 }
 
 void CudaDevice::ColumnMean(Tensor x, Tensor mean) {

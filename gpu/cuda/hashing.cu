@@ -21,15 +21,20 @@ namespace {
 constexpr int kWarps = 4;  // of a block, 16 vectors each
 constexpr int kThreads = 32 * kWarps;
 constexpr int kVectors = 16 * kWarps;
-constexpr int kDims = 32;  // of a step
-// Rows of the tile of projections are apart by half the banks: the 8 threads that are served at a
-// time, 4 in each of two rows, then meet no bank twice.
-constexpr int kStride = kDims + 16;
+
+// So many blocks of many tables leave processors idle.
+constexpr int kFewBlocks = 64;
+constexpr int kMostTables = 20;  // of a block
+struct HashScratch {
+  uint32_t counts[kFewBlocks];  // of blocks that are through, by their vectors
+  alignas(16) uint16_t codes[kFewBlocks * kVectors * kMostTables];
+};
 
 struct HashArgs {
   const uint4* projections;  // [tables · kBits, dim / 4], as PackProjections makes them
   int32_t dim, bits, tables;
   Tensor x, mean, codes;
+  HashScratch* scratch;
 };
 
 constexpr int kScaledExponent = 10;  // of the largest element, scaled
@@ -111,20 +116,70 @@ __device__ inline void LoadVector(const HashArgs& a, const VectorPlace& place, i
   }
 }
 
-// Tables of a block, by their padded columns: what shared memory holds. With 10 bits, the usual
-// number, 2,048 vectors (64 rows of 32 heads) and 150 tables are 256 blocks, two a processor.
-template <int kBits>
-constexpr int kBlockTables = kBits == 10  ? 20
-                             : kBits < 10 ? 16
-                                          : 8;
-template <int kBits>
-constexpr size_t kTileFloats = size_t{kBlockTables<kBits>} * kBits* kStride;
+// How the work is cut. Of many vectors a block has as many tables as shared memory holds: with 10
+// bits, the usual number, 2,048 vectors (64 rows of 32 heads) and 150 tables are 256 blocks, two a
+// processor. Of few vectors it has few tables, and all of the usual dimensions are under way at
+// once; the last block of some vectors writes all of their codes, as host memory, where codes often
+// go, takes whole lines much faster than pieces.
+template <int kTableBits, bool kOfFew>
+struct Cut {
+  static constexpr int kBits = kTableBits;  // columns of a table, padded
+  static constexpr bool kFew = kOfFew;
+  static constexpr int kTables = kFew ? 4 : kBits == 10 ? 20 : kBits < 10 ? 16 : 8;
+  static_assert(kTables <= kMostTables);
+  static constexpr int kDims = kFew ? 128 : 32;  // of a step
+  // Rows of the tile of projections are apart by half the banks: the 8 threads that are served at a
+  // time, 4 in each of two rows, then meet no bank twice.
+  static constexpr int kStride = kDims + 16;
+  static constexpr int kColumns = kTables * kBits;
+  static constexpr size_t kTileFloats = size_t{kColumns} * kStride;
+};
 
-// kBits: columns of a table, padded. Projections come to shared memory one step ahead.
-template <int kBits, bool kWide>
+// By all blocks of some vectors when their codes are in scratch memory: the last copies them to
+// where they belong, and resets the count.
+__device__ inline void CopyIfLast(const HashArgs& a, int64_t vectors) {
+  __shared__ bool last;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    uint32_t* count = a.scratch->counts + blockIdx.x;
+    last = atomicAdd(count, 1) + 1 == gridDim.y;
+    if (last) *count = 0;
+    __threadfence();
+  }
+  __syncthreads();
+  if (!last) return;
+  constexpr int kWide = 8, kAtOnce = 8;  // codes; reads under way
+  const int64_t first = int64_t{blockIdx.x} * kVectors * a.tables;
+  const int64_t end = min(first + int64_t{kVectors} * a.tables, vectors * a.tables);
+  const uint16_t* from = a.scratch->codes;
+  auto* to = static_cast<uint16_t*>(a.codes.data);
+  const int64_t step = int64_t{kThreads} * kWide;
+  for (int64_t at = first + int64_t{threadIdx.x} * kWide; at < end; at += kAtOnce * step) {
+    uint4 held[kAtOnce];
+#pragma unroll
+    for (int e = 0; e < kAtOnce; ++e) {
+      if (at + e * step + kWide <= end) {
+        held[e] = __ldcg(reinterpret_cast<const uint4*>(from + at + e * step));
+      }
+    }
+#pragma unroll
+    for (int e = 0; e < kAtOnce; ++e) {
+      const int64_t i = at + e * step;
+      if (i + kWide <= end) {
+        *reinterpret_cast<uint4*>(to + i) = held[e];
+      } else {
+        for (int64_t k = i; k < end; ++k) to[k] = __ldcg(from + k);
+      }
+    }
+  }
+}
+
+// Projections come to shared memory one step ahead.
+template <typename C, bool kWide>
 __global__ void __launch_bounds__(kThreads, 2) HashKernel(HashArgs a) {
-  constexpr int kTables = kBlockTables<kBits>;
-  constexpr int kColumns = kTables * kBits;
+  constexpr int kBits = C::kBits, kTables = C::kTables, kColumns = C::kColumns;
+  constexpr int kDims = C::kDims, kStride = C::kStride;
   constexpr int kGroups = kColumns / 8;
   constexpr int kSteps = kDims / 16;
   extern __shared__ __align__(16) float r_tiles[];  // [2][kColumns][kStride]
@@ -137,7 +192,7 @@ __global__ void __launch_bounds__(kThreads, 2) HashKernel(HashArgs a) {
   const int64_t heads = a.x.cols / a.dim;
   const int64_t vectors = a.x.rows * heads;
   const auto load_projections = [&](int begin) {
-    float* tile = r_tiles + begin / kDims % 2 * kTileFloats<kBits>;
+    float* tile = r_tiles + begin / kDims % 2 * C::kTileFloats;
 #pragma unroll 2
     for (int i = threadIdx.x; i < kColumns * kDims / 4; i += kThreads) {
       const int c = i / (kDims / 4), d = i % (kDims / 4) * 4;
@@ -188,7 +243,7 @@ __global__ void __launch_bounds__(kThreads, 2) HashKernel(HashArgs a) {
     high_largest = fmaxf(high_largest, __shfl_xor_sync(0xffffffffu, high_largest, offset));
   }
   const float low_scale = ScaleFor(low_largest), high_scale = ScaleFor(high_largest);
-  load_vectors(0);
+  if (a.dim > kDims) load_vectors(0);
   float acc[kGroups][4] = {};
 #pragma unroll 1
   for (int begin = 0; begin < a.dim; begin += kDims) {
@@ -206,7 +261,7 @@ __global__ void __launch_bounds__(kThreads, 2) HashKernel(HashArgs a) {
       WaitForCopies<0>();
     }
     __syncthreads();
-    const float* tile = r_tiles + begin / kDims % 2 * kTileFloats<kBits>;
+    const float* tile = r_tiles + begin / kDims % 2 * C::kTileFloats;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       const Split &l = low[step], &h = high[step];
@@ -251,30 +306,47 @@ __global__ void __launch_bounds__(kThreads, 2) HashKernel(HashArgs a) {
     if (vector >= vectors || first_table + t >= a.tables) continue;
     const uint32_t* words = signs[warp * 16 + v] + t * kBits / 32;
     const uint32_t code = __funnelshift_r(words[0], words[1], t * kBits % 32);
-    static_cast<uint16_t*>(a.codes.data)[vector / heads * a.codes.stride +
-                                         vector % heads * a.tables + first_table + t] =
-        static_cast<uint16_t>(code & ((1u << a.bits) - 1));
+    uint16_t* codes = C::kFew ? a.scratch->codes + vector * a.tables
+                              : static_cast<uint16_t*>(a.codes.data) +
+                                    vector / heads * a.codes.stride + vector % heads * a.tables;
+    codes[first_table + t] = static_cast<uint16_t>(code & ((1u << a.bits) - 1));
   }
+  if constexpr (C::kFew) CopyIfLast(a, vectors);
 }
 
-template <int kBits>
-void Launch(cudaStream_t stream, const HashArgs& args) {
+template <typename C>
+dim3 GridOf(const HashArgs& args) {
   const int64_t vectors = args.x.rows * (args.x.cols / args.dim);
-  if (vectors == 0) return;
-  const dim3 grid(
-      static_cast<unsigned>((vectors + kVectors - 1) / kVectors),
-      static_cast<unsigned>((args.tables + kBlockTables<kBits> - 1) / kBlockTables<kBits>));
-  constexpr size_t kBytes = 2 * kTileFloats<kBits> * sizeof(float);
+  return {static_cast<unsigned>((vectors + kVectors - 1) / kVectors),
+          static_cast<unsigned>((args.tables + C::kTables - 1) / C::kTables)};
+}
+
+template <typename C>
+void LaunchCut(cudaStream_t stream, const HashArgs& args) {
+  constexpr size_t kBytes = 2 * C::kTileFloats * sizeof(float);
   const auto in_fours = [](const Tensor& t) {
     return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && t.stride % 4 == 0;
   };
   const bool wide = args.x.type == DType::kF32 && in_fours(args.x) &&
                     (args.mean.data == nullptr || in_fours(args.mean));
-  const auto kernel = wide ? HashKernel<kBits, true> : HashKernel<kBits, false>;
+  const auto kernel = wide ? HashKernel<C, true> : HashKernel<C, false>;
   CheckCuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  static_cast<int>(kBytes)),
             "cudaFuncSetAttribute");
-  LaunchBehind(stream, grid, kThreads, kBytes, "launch of HashCodes", kernel, args);
+  LaunchBehind(stream, GridOf<C>(args), kThreads, kBytes, "launch of HashCodes", kernel, args);
+}
+
+template <int kBits>
+void Launch(cudaStream_t stream, const HashArgs& args) {
+  if (args.x.rows == 0 || args.x.cols < args.dim) return;
+  const dim3 blocks = GridOf<Cut<kBits, false>>(args);
+  const bool in_one_piece = args.codes.stride == args.codes.cols &&
+                            reinterpret_cast<uintptr_t>(args.codes.data) % 16 == 0;
+  if (in_one_piece && blocks.x * blocks.y <= kFewBlocks) {
+    LaunchCut<Cut<kBits, true>>(stream, args);
+  } else {
+    LaunchCut<Cut<kBits, false>>(stream, args);
+  }
 }
 
 }  // namespace
@@ -301,9 +373,12 @@ std::vector<uint16_t> PackProjections(std::span<const float> projections) {
   return packed;
 }
 
+size_t HashScratchBytes() { return sizeof(HashScratch); }
+
 void LaunchHashCodes(cudaStream_t stream, const void* projections, int32_t head_dim, int32_t k,
-                     int32_t l, Tensor x, Tensor mean, Tensor codes) {
-  const HashArgs args{static_cast<const uint4*>(projections), head_dim, k, l, x, mean, codes};
+                     int32_t l, void* scratch, Tensor x, Tensor mean, Tensor codes) {
+  const HashArgs args{static_cast<const uint4*>(projections), head_dim, k, l, x, mean, codes,
+                      static_cast<HashScratch*>(scratch)};
   switch (HashColumns(k)) {
     case 4:
       return Launch<4>(stream, args);

@@ -106,11 +106,13 @@ void LaunchCausalAttention(cudaStream_t stream, const AttentionShape& shape, Ten
                            Tensor v, int64_t start, int64_t window, Tensor out);
 
 // SimHash codes (hashing.cu). projections: [l·HashColumns(k), head_dim] f32, zero-padded, packed by
-// PackProjections; head_dim a multiple of 4. mean: one row for all, or one for each.
+// PackProjections; head_dim a multiple of 4. mean: one row for all, or one for each. scratch:
+// HashScratchBytes(), zeros at first, for what a stream issues one after another.
 int32_t HashColumns(int32_t k);
 // For each 4 numbers 4 float16 and 4 that hold what those leave, scaled by one power of two.
 std::vector<uint16_t> PackProjections(std::span<const float> projections);
+size_t HashScratchBytes();
 void LaunchHashCodes(cudaStream_t stream, const void* projections, int32_t head_dim, int32_t k,
-                     int32_t l, Tensor x, Tensor mean, Tensor codes);
+                     int32_t l, void* scratch, Tensor x, Tensor mean, Tensor codes);
 
 }  // namespace passel::gpu::cuda

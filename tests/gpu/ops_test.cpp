@@ -283,13 +283,19 @@ TEST_P(HashCodes, AreTheSignsOfFloat64Projections) {
       device->HashCodes(in.tensor.Rows(n - 2, 1), centred ? mean.tensor : Tensor{}, alone.tensor);
       const auto last = alone.Raw<uint16_t>();
       EXPECT_TRUE(std::equal(last.begin(), last.end(), got.begin() + (n - 2) * heads * l));
+      // Whether they lie in one piece makes no difference.
+      DeviceMatrix apart(*device, DType::kU16, n, heads * l, 5);
+      device->HashCodes(in.tensor, centred ? mean.tensor : Tensor{}, apart.tensor);
+      EXPECT_EQ(apart.Raw<uint16_t>(), got);
     }
   }
 }
 
 INSTANTIATE_TEST_SUITE_P(Shapes, HashCodes,
                          testing::Values(std::tuple(10, 150, 64), std::tuple(1, 1, 16),
-                                         std::tuple(16, 5, 128), std::tuple(7, 64, 80)));
+                                         std::tuple(16, 5, 128), std::tuple(7, 64, 80),
+                                         std::tuple(10, 150, 128), std::tuple(12, 31, 144),
+                                         std::tuple(3, 77, 260)));
 
 TEST(Partials, MergeByRowAndHeadAndNormalize) {
   const auto device = MakeDevice();

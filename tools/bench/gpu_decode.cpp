@@ -317,7 +317,7 @@ void Attention(gpu::Device& device, double bandwidth) {
        "");
 
   device.SetProjections(RandomProjections(17, 128, 10, 150), 128, 10, 150);
-  for (const int64_t n : {int64_t{1}, int64_t{8}, batch}) {
+  for (const int64_t n : {int64_t{1}, int64_t{8}, int64_t{16}, int64_t{32}, batch}) {
     const Matrix codes(device, DType::kU16, n, 32 * 150, false);
     Line(fmt::format("hashing of a layer's queries, 32 heads × B={}, 150 tables of 10 bits", n),
          Measure(device, 100,
@@ -326,9 +326,9 @@ void Attention(gpu::Device& device, double bandwidth) {
   }
   {
     const int64_t n = 8;
-    const auto host = device.AllocateStaging(static_cast<size_t>(n * 4096) * 4);
+    const auto host = device.AllocateStaging(static_cast<size_t>(n * 4096) * sizeof(bf16));
     const auto host_codes = device.AllocateStaging(static_cast<size_t>(n * 32 * 150) * 2);
-    const Tensor q_host{host->data(), DType::kF32, n, 4096, 4096};
+    const Tensor q_host{host->data(), DType::kBf16, n, 4096, 4096};
     const Tensor codes_host{host_codes->data(), DType::kU16, n, 32 * 150, 32 * 150};
     Line("hand-over to pinned memory, B=8: hash, queries and codes",
          Measure(device, 100,
