@@ -23,18 +23,22 @@ constexpr int kThreads = 32 * kWarps;
 constexpr int kVectors = 16 * kWarps;
 
 // So many blocks of many tables leave processors idle.
-constexpr int kFewBlocks = 64;
-constexpr int kMostTables = 20;  // of a block
+constexpr unsigned kFewBlocks = 64;
+
+// Codes for host memory, which takes whole lines much faster than pieces, are put together here
+// first; the last block of some vectors writes them to where they belong.
+constexpr int64_t kGathered = 64;  // runs of kVectors
+constexpr int64_t kGatheredCodes = int64_t{1} << 19;
 struct HashScratch {
-  uint32_t counts[kFewBlocks];  // of blocks that are through, by their vectors
-  alignas(16) uint16_t codes[kFewBlocks * kVectors * kMostTables];
+  uint32_t counts[kGathered];  // of blocks that are through, by their vectors
+  alignas(16) uint16_t codes[kGatheredCodes];
 };
 
 struct HashArgs {
   const uint4* projections;  // [tables · kBits, dim / 4], as PackProjections makes them
   int32_t dim, bits, tables;
   Tensor x, mean, codes;
-  HashScratch* scratch;
+  HashScratch* scratch;  // null: codes go where they belong at once
 };
 
 constexpr int kScaledExponent = 10;  // of the largest element, scaled
@@ -119,14 +123,11 @@ __device__ inline void LoadVector(const HashArgs& a, const VectorPlace& place, i
 // How the work is cut. Of many vectors a block has as many tables as shared memory holds: with 10
 // bits, the usual number, 2,048 vectors (64 rows of 32 heads) and 150 tables are 256 blocks, two a
 // processor. Of few vectors it has few tables, and all of the usual dimensions are under way at
-// once; the last block of some vectors writes all of their codes, as host memory, where codes often
-// go, takes whole lines much faster than pieces.
-template <int kTableBits, bool kOfFew>
+// once.
+template <int kTableBits, bool kFew>
 struct Cut {
   static constexpr int kBits = kTableBits;  // columns of a table, padded
-  static constexpr bool kFew = kOfFew;
   static constexpr int kTables = kFew ? 4 : kBits == 10 ? 20 : kBits < 10 ? 16 : 8;
-  static_assert(kTables <= kMostTables);
   static constexpr int kDims = kFew ? 128 : 32;  // of a step
   // Rows of the tile of projections are apart by half the banks: the 8 threads that are served at a
   // time, 4 in each of two rows, then meet no bank twice.
@@ -135,8 +136,8 @@ struct Cut {
   static constexpr size_t kTileFloats = size_t{kColumns} * kStride;
 };
 
-// By all blocks of some vectors when their codes are in scratch memory: the last copies them to
-// where they belong, and resets the count.
+// By all blocks of some vectors when their codes are in scratch memory: the last copies them, and
+// resets the count.
 __device__ inline void CopyIfLast(const HashArgs& a, int64_t vectors) {
   __shared__ bool last;
   __threadfence();
@@ -306,12 +307,13 @@ __global__ void __launch_bounds__(kThreads, 2) HashKernel(HashArgs a) {
     if (vector >= vectors || first_table + t >= a.tables) continue;
     const uint32_t* words = signs[warp * 16 + v] + t * kBits / 32;
     const uint32_t code = __funnelshift_r(words[0], words[1], t * kBits % 32);
-    uint16_t* codes = C::kFew ? a.scratch->codes + vector * a.tables
-                              : static_cast<uint16_t*>(a.codes.data) +
-                                    vector / heads * a.codes.stride + vector % heads * a.tables;
+    uint16_t* codes = a.scratch != nullptr
+                          ? a.scratch->codes + vector * a.tables
+                          : static_cast<uint16_t*>(a.codes.data) + vector / heads * a.codes.stride +
+                                vector % heads * a.tables;
     codes[first_table + t] = static_cast<uint16_t>(code & ((1u << a.bits) - 1));
   }
-  if constexpr (C::kFew) CopyIfLast(a, vectors);
+  if (a.scratch != nullptr) CopyIfLast(a, vectors);
 }
 
 template <typename C>
@@ -340,9 +342,7 @@ template <int kBits>
 void Launch(cudaStream_t stream, const HashArgs& args) {
   if (args.x.rows == 0 || args.x.cols < args.dim) return;
   const dim3 blocks = GridOf<Cut<kBits, false>>(args);
-  const bool in_one_piece = args.codes.stride == args.codes.cols &&
-                            reinterpret_cast<uintptr_t>(args.codes.data) % 16 == 0;
-  if (in_one_piece && blocks.x * blocks.y <= kFewBlocks) {
+  if (blocks.x * blocks.y <= kFewBlocks) {
     LaunchCut<Cut<kBits, true>>(stream, args);
   } else {
     LaunchCut<Cut<kBits, false>>(stream, args);
@@ -377,8 +377,21 @@ size_t HashScratchBytes() { return sizeof(HashScratch); }
 
 void LaunchHashCodes(cudaStream_t stream, const void* projections, int32_t head_dim, int32_t k,
                      int32_t l, void* scratch, Tensor x, Tensor mean, Tensor codes) {
-  const HashArgs args{static_cast<const uint4*>(projections), head_dim, k, l, x, mean, codes,
-                      static_cast<HashScratch*>(scratch)};
+  cudaPointerAttributes where{};
+  CheckCuda(cudaPointerGetAttributes(&where, codes.data), "cudaPointerGetAttributes");
+  const bool is_host = where.type == cudaMemoryTypeHost;
+  const bool gathered = is_host && codes.stride == codes.cols &&
+                        reinterpret_cast<uintptr_t>(codes.data) % 16 == 0 &&
+                        codes.rows * codes.cols <= kGatheredCodes &&
+                        x.rows * (x.cols / head_dim) <= kGathered * kVectors;
+  const HashArgs args{static_cast<const uint4*>(projections),
+                      head_dim,
+                      k,
+                      l,
+                      x,
+                      mean,
+                      codes,
+                      gathered ? static_cast<HashScratch*>(scratch) : nullptr};
   switch (HashColumns(k)) {
     case 4:
       return Launch<4>(stream, args);

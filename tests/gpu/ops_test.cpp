@@ -1,6 +1,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <cstring>
 
 #include "runtime/base/error.h"
 #include "runtime/base/partial.h"
@@ -283,7 +284,16 @@ TEST_P(HashCodes, AreTheSignsOfFloat64Projections) {
       device->HashCodes(in.tensor.Rows(n - 2, 1), centred ? mean.tensor : Tensor{}, alone.tensor);
       const auto last = alone.Raw<uint16_t>();
       EXPECT_TRUE(std::equal(last.begin(), last.end(), got.begin() + (n - 2) * heads * l));
-      // Whether they lie in one piece makes no difference.
+      // Where they lie, and whether in one piece, makes no difference; twice, as what the first
+      // leaves must do for the next.
+      const auto host = device->AllocateStaging(got.size() * sizeof(uint16_t));
+      for (int repeat = 0; repeat < 2; ++repeat) {
+        std::memset(host->data(), 0xff, host->bytes());
+        device->HashCodes(in.tensor, centred ? mean.tensor : Tensor{},
+                          {host->data(), DType::kU16, n, heads * l, heads * l});
+        device->Record()->Wait();
+        EXPECT_EQ(std::memcmp(host->data(), got.data(), got.size() * sizeof(uint16_t)), 0);
+      }
       DeviceMatrix apart(*device, DType::kU16, n, heads * l, 5);
       device->HashCodes(in.tensor, centred ? mean.tensor : Tensor{}, apart.tensor);
       EXPECT_EQ(apart.Raw<uint16_t>(), got);

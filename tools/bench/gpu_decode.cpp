@@ -324,13 +324,12 @@ void Attention(gpu::Device& device, double bandwidth) {
                  [&] { device.HashCodes(q.tensor.Rows(0, n), Tensor{}, codes.tensor); }),
          "");
   }
-  {
-    const int64_t n = 8;
+  for (const int64_t n : {int64_t{1}, int64_t{8}, int64_t{16}, int64_t{32}, batch}) {
     const auto host = device.AllocateStaging(static_cast<size_t>(n * 4096) * sizeof(bf16));
     const auto host_codes = device.AllocateStaging(static_cast<size_t>(n * 32 * 150) * 2);
     const Tensor q_host{host->data(), DType::kBf16, n, 4096, 4096};
     const Tensor codes_host{host_codes->data(), DType::kU16, n, 32 * 150, 32 * 150};
-    Line("hand-over to pinned memory, B=8: hash, queries and codes",
+    Line(fmt::format("hand-over to pinned memory, B={}: hash, queries and codes", n),
          Measure(device, 100,
                  [&] {
                    device.Convert(q.tensor.Rows(0, n), q_host);
