@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <array>
 #include <bit>
-#include <type_traits>
 #include <utility>
 
 #include "runtime/base/checked_math.h"
@@ -86,11 +85,57 @@ bool Reject(std::string* why, T&& reason) {
   return false;
 }
 
-// The array of `bytes` bytes at `offset`, which moves past it. `Byte` is (const) std::byte.
-template <typename T, typename Byte>
-auto Take(Byte* base, uint64_t& offset, uint64_t bytes) {
-  using Element = std::conditional_t<std::is_const_v<Byte>, const T, T>;
-  const std::span<Element> out(reinterpret_cast<Element*>(base + offset), bytes / sizeof(T));
+// Reads pieces one behind the other.
+class Reader {
+ public:
+  explicit Reader(PayloadPieces pieces) : pieces_(pieces) {
+    for (const auto& piece : pieces) left_ += piece.size();
+  }
+  uint64_t left() const { return left_; }
+  // The next `bytes` bytes, of which there are as many: copied, where `to` is set.
+  void Copy(std::byte* to, uint64_t bytes) {
+    left_ -= bytes;
+    while (bytes > 0) {
+      const auto here = Next().first(std::min<uint64_t>(bytes, Next().size()));
+      if (to != nullptr) to = std::copy(here.begin(), here.end(), to);
+      at_ += here.size();
+      bytes -= here.size();
+    }
+  }
+  // The next array where it lies; false where it lies in several pieces or is not aligned.
+  template <typename T>
+  bool Take(uint64_t bytes, std::span<const T>* out) {
+    *out = {};
+    if (bytes == 0) return true;
+    const auto here = Next();
+    if (here.size() < bytes || reinterpret_cast<uintptr_t>(here.data()) % alignof(T) != 0) {
+      return false;
+    }
+    *out = {reinterpret_cast<const T*>(here.data()), bytes / sizeof(T)};
+    at_ += bytes;
+    left_ -= bytes;
+    return true;
+  }
+
+ private:
+  // What is left of the first piece that is not used up.
+  std::span<const std::byte> Next() {
+    while (at_ == pieces_.front().size()) {
+      pieces_ = pieces_.subspan(1);
+      at_ = 0;
+    }
+    return pieces_.front().subspan(at_);
+  }
+
+  PayloadPieces pieces_;
+  uint64_t at_ = 0;  // in the first
+  uint64_t left_ = 0;
+};
+
+// The array of `bytes` bytes at `offset`, which moves past it.
+template <typename T>
+std::span<T> Take(std::byte* base, uint64_t& offset, uint64_t bytes) {
+  const std::span<T> out(reinterpret_cast<T*>(base + offset), bytes / sizeof(T));
   offset += bytes;
   return out;
 }
@@ -111,20 +156,25 @@ std::optional<uint64_t> EndOf(const Parts& parts, uint64_t offset) {
   return end;
 }
 
-// Checks everything but codes and calls visit(entry, parts, offset of its data) for each entry,
-// which returns false to refuse. Nothing is visited past the payload's end; what was visited counts
-// only when the whole payload fits, which the result says.
+// Checks everything but codes and calls visit(entry, parts, reader) for each entry, which takes the
+// arrays of its data and returns what is wrong with them, or null. Nothing is visited past the
+// payload's end; what was visited counts only when the whole payload fits, which the result says.
 template <typename Entry, typename Visit>
-bool Walk(const WireShape& shape, uint32_t count, std::span<const std::byte> payload,
-          std::string* why, Visit visit) {
+bool Walk(const WireShape& shape, uint32_t count, PayloadPieces payload, std::string* why,
+          Visit visit) {
+  Reader reader(payload);
+  const uint64_t size = reader.left();
   if (count > shape.max_entries) return Reject(why, "too many entries");
-  if (payload.size() > kMaxPayloadBytes) return Reject(why, "payload above the limit");
-  if (reinterpret_cast<uintptr_t>(payload.data()) % kAlign != 0) {
+  if (size > kMaxPayloadBytes) return Reject(why, "payload above the limit");
+  if (payload.size() == 1 && reinterpret_cast<uintptr_t>(payload[0].data()) % kAlign != 0) {
     return Reject(why, "payload not aligned");
   }
-  uint64_t offset = RoundUp(uint64_t{count} * sizeof(Entry), kAlign);
-  if (offset > payload.size()) return Reject(why, "payload ends inside the entries");
-  const auto* entries = reinterpret_cast<const Entry*>(payload.data());
+  const uint64_t entry_bytes = uint64_t{count} * sizeof(Entry);
+  uint64_t offset = RoundUp(entry_bytes, kAlign);
+  if (offset > size) return Reject(why, "payload ends inside the entries");
+  std::vector<Entry> entries(count);
+  reader.Copy(reinterpret_cast<std::byte*>(entries.data()), entry_bytes);
+  reader.Copy(nullptr, offset - entry_bytes);
   for (uint32_t i = 0; i < count; ++i) {
     const auto refuse = [&](const char* reason) {
       return Reject(why, "entry " + std::to_string(i) + ": " + reason);
@@ -132,13 +182,15 @@ bool Walk(const WireShape& shape, uint32_t count, std::span<const std::byte> pay
     if (const char* fault = Fault(shape, entries[i])) return refuse(fault);
     const auto parts = PartsOf(shape, entries[i]);
     const auto end = parts ? EndOf(*parts, offset) : std::nullopt;
-    if (!end || *end > payload.size()) return refuse("data past the payload's end");
-    if (!visit(entries[i], *parts, offset)) return refuse("code out of range");
+    if (!end || *end > size) return refuse("data past the payload's end");
+    if (const char* fault = visit(entries[i], *parts, reader)) return refuse(fault);
+    reader.Copy(nullptr, reader.left() - (size - *end));
     offset = *end;
   }
-  if (offset != payload.size()) return Reject(why, "payload longer than its entries say");
+  if (offset != size) return Reject(why, "payload longer than its entries say");
   return true;
 }
+constexpr const char* kInPieces = "an array in pieces";
 
 // Checks the entries and calls visit(i, parts, offset, end) with where the data of each begins and
 // ends, padding included; returns where the last ends.
@@ -202,30 +254,26 @@ std::vector<std::byte> BuildWhole(const WireShape& shape, std::span<const Entry>
 }  // namespace
 
 std::optional<std::vector<QueryView>> ParseQuery(const WireShape& shape, uint32_t count,
-                                                 std::span<const std::byte> payload,
-                                                 std::string* why) {
+                                                 PayloadPieces payload, std::string* why) {
   std::vector<QueryView> views;
-  views.reserve(std::min<size_t>(count, payload.size() / sizeof(QueryEntry)));
-  const auto visit = [&](const QueryEntry& e, const Parts& p, uint64_t at) {
-    const auto q = Take<bf16>(payload.data(), at, p[0]);
-    const auto codes = Take<uint16_t>(payload.data(), at, p[1]);
-    views.push_back({&e, q, codes});
-    return CodesInRange(codes, shape.k);
+  views.reserve(std::min(count, shape.max_entries));
+  const auto visit = [&](const QueryEntry& e, const Parts& p, Reader& reader) {
+    QueryView& v = views.emplace_back(QueryView{e, {}, {}});
+    return reader.Take(p[0], &v.q) && reader.Take(p[1], &v.codes) ? nullptr : kInPieces;
   };
   if (!Walk<QueryEntry>(shape, count, payload, why, visit)) return std::nullopt;
   return views;
 }
 
 std::optional<std::vector<PartialView>> ParsePartial(const WireShape& shape, uint32_t count,
-                                                     std::span<const std::byte> payload,
-                                                     std::string* why) {
+                                                     PayloadPieces payload, std::string* why) {
   std::vector<PartialView> views;
-  views.reserve(std::min<size_t>(count, payload.size() / sizeof(PartialEntry)));
-  const auto visit = [&](const PartialEntry& e, const Parts& p, uint64_t at) {
-    const auto max = Take<float>(payload.data(), at, p[0]);
-    const auto den = Take<float>(payload.data(), at, p[1]);
-    views.push_back({&e, max, den, Take<bf16>(payload.data(), at, p[2])});
-    return true;
+  views.reserve(std::min(count, shape.max_entries));
+  const auto visit = [&](const PartialEntry& e, const Parts& p, Reader& reader) {
+    PartialView& v = views.emplace_back(PartialView{e, {}, {}, {}});
+    const bool taken =
+        reader.Take(p[0], &v.max) && reader.Take(p[1], &v.den) && reader.Take(p[2], &v.num);
+    return taken ? nullptr : kInPieces;
   };
   if (!Walk<PartialEntry>(shape, count, payload, why, visit)) return std::nullopt;
   return views;
@@ -234,13 +282,13 @@ std::optional<std::vector<PartialView>> ParsePartial(const WireShape& shape, uin
 std::optional<std::vector<KvView>> ParseKv(const WireShape& shape, uint32_t count,
                                            std::span<const std::byte> payload, std::string* why) {
   std::vector<KvView> views;
-  const auto visit = [&](const KvEntry& e, const Parts& p, uint64_t at) {
-    const auto rows = Take<bf16>(payload.data(), at, p[0]);
-    const auto codes = Take<uint16_t>(payload.data(), at, p[1]);
-    views.push_back({&e, rows, codes});
-    return CodesInRange(codes, shape.k);
+  views.reserve(std::min(count, shape.max_entries));
+  const auto visit = [&](const KvEntry& e, const Parts& p, Reader& reader) {
+    KvView& v = views.emplace_back(KvView{e, {}, {}});
+    if (!reader.Take(p[0], &v.rows) || !reader.Take(p[1], &v.codes)) return kInPieces;
+    return CodesInRange(v.codes, shape.k) ? nullptr : "code out of range";
   };
-  if (!Walk<KvEntry>(shape, count, payload, why, visit)) return std::nullopt;
+  if (!Walk<KvEntry>(shape, count, {&payload, 1}, why, visit)) return std::nullopt;
   return views;
 }
 
@@ -248,11 +296,12 @@ std::optional<std::vector<KeyMeanView>> ParseKeyMean(const WireShape& shape, uin
                                                      std::span<const std::byte> payload,
                                                      std::string* why) {
   std::vector<KeyMeanView> views;
-  const auto visit = [&](const KeyMeanEntry& e, const Parts& p, uint64_t at) {
-    views.push_back({&e, Take<float>(payload.data(), at, p[0])});
-    return true;
+  views.reserve(std::min(count, shape.max_entries));
+  const auto visit = [&](const KeyMeanEntry& e, const Parts& p, Reader& reader) {
+    KeyMeanView& v = views.emplace_back(KeyMeanView{e, {}});
+    return reader.Take(p[0], &v.mean) ? nullptr : kInPieces;
   };
-  if (!Walk<KeyMeanEntry>(shape, count, payload, why, visit)) return std::nullopt;
+  if (!Walk<KeyMeanEntry>(shape, count, {&payload, 1}, why, visit)) return std::nullopt;
   return views;
 }
 

@@ -78,33 +78,34 @@ inline constexpr uint64_t kMaxPayloadBytes = 16u << 20;
 inline constexpr uint64_t kMaxControlBytes = 1u << 20;
 
 struct QueryView {
-  const QueryEntry* entry;
+  QueryEntry entry;
   std::span<const bf16> q;
-  std::span<const uint16_t> codes;  // empty where exact
+  std::span<const uint16_t> codes;  // empty where exact; may be out of range
 };
 struct PartialView {
-  const PartialEntry* entry;
+  PartialEntry entry;
   std::span<const float> max, den;
   std::span<const bf16> num;
 };
 struct KvView {
-  const KvEntry* entry;
+  KvEntry entry;
   std::span<const bf16> rows;
   std::span<const uint16_t> codes;  // empty where not has_codes
 };
 struct KeyMeanView {
-  const KeyMeanEntry* entry;
+  KeyMeanEntry entry;
   std::span<const float> mean;
 };
 
-// `payload` must be aligned to 16 bytes; the views point into it. `why` may be null. A count of
-// zero with an empty payload is valid.
+// A payload in one piece must be aligned to 16 bytes. The views' arrays are those of the payload,
+// which may lie in pieces one behind the other, an array in one of them; what the sender writes to
+// them later changes what is read, but nothing that was checked: codes of queries are not. `why`
+// may be null. A count of zero with an empty payload is valid.
+using PayloadPieces = std::span<const std::span<const std::byte>>;
 std::optional<std::vector<QueryView>> ParseQuery(const WireShape& shape, uint32_t count,
-                                                 std::span<const std::byte> payload,
-                                                 std::string* why);
+                                                 PayloadPieces payload, std::string* why);
 std::optional<std::vector<PartialView>> ParsePartial(const WireShape& shape, uint32_t count,
-                                                     std::span<const std::byte> payload,
-                                                     std::string* why);
+                                                     PayloadPieces payload, std::string* why);
 std::optional<std::vector<KvView>> ParseKv(const WireShape& shape, uint32_t count,
                                            std::span<const std::byte> payload, std::string* why);
 std::optional<std::vector<KeyMeanView>> ParseKeyMean(const WireShape& shape, uint32_t count,

@@ -42,6 +42,11 @@ float* Scratch::query(size_t floats) {
   return query_.data();
 }
 
+uint16_t* Scratch::codes(size_t count) {
+  if (codes_.size() < count) codes_.resize(count);
+  return codes_.data();
+}
+
 Scratch& Scratch::Local() {
   static thread_local Scratch scratch;
   return scratch;
@@ -136,6 +141,15 @@ const float* Batch::QueryOf(const Unit& unit) const {
   return q;
 }
 
+const uint16_t* Batch::CodesOf(const Unit& unit) const {
+  const uint16_t* from = batch_.items[unit.item].codes + size_t{unit.head} * options_.l;
+  uint16_t* codes = Scratch::Local().codes(options_.l);
+  std::copy_n(from, options_.l, codes);
+  const uint32_t all =
+      std::accumulate(codes, codes + options_.l, 0u, [](uint32_t a, uint32_t b) { return a | b; });
+  return all >> options_.k == 0 ? codes : nullptr;
+}
+
 void Batch::Drop() {
   for (const Item& item : items_) {
     for (const SegmentView& view : item.views) {
@@ -168,7 +182,7 @@ void Batch::RunUnit(size_t index, const Partials& out) {
   }
   switch (options_.estimator) {
     case Estimator::kLsh:
-      RunLsh(index, view, item, out);
+      RunLsh(index, view, out);
       break;
     case Estimator::kTopK:
       RunTopK(index, view, QueryOf(unit), out);
@@ -192,12 +206,15 @@ void Batch::RunExact(size_t index, const SegmentView& view, const float* q, cons
   if (batch_.times != nullptr) batch_.times->attend_ns += Nanoseconds() - start;
 }
 
-void Batch::RunLsh(size_t index, const SegmentView& view, const QueryItem& item,
-                   const Partials& out) {
+void Batch::RunLsh(size_t index, const SegmentView& view, const Partials& out) {
   const Unit& unit = units_[index];
   Scratch& scratch = Scratch::Local();
   const uint64_t start = batch_.times != nullptr ? Nanoseconds() : 0;
-  const uint16_t* codes = item.codes + size_t{unit.head} * options_.l;
+  const uint16_t* codes = CodesOf(unit);
+  if (codes == nullptr) {
+    sampled_[index] = kRefused;
+    return;
+  }
   size_t count = 0;
   for (const auto& block : view.blocks) {
     count += block->Probe(kernels_, codes, view.sampled, scratch.probe(), scratch.ids() + count);
@@ -278,6 +295,10 @@ void Batch::RunOracle(size_t index, const SegmentView& view, const QueryItem& it
 // Adds a unit's tokens to those that contributed.
 void Batch::Count(size_t index, PartialItem& into) {
   const Unit& unit = units_[index];
+  if (sampled_[index] == kRefused) {
+    into.status = Status::kBadArgument;
+    return;
+  }
   const size_t first = unit.head == kAllHeads ? 0 : unit.head;
   const uint64_t offset = items_[unit.item].views[unit.view].segment->spec().first_token;
   for (size_t at = first; at < first + HeadsOf(unit); ++at) {

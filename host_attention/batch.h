@@ -24,6 +24,7 @@ class Scratch {
   // Grows as needed.
   float* work(size_t floats);
   float* query(size_t floats);
+  uint16_t* codes(size_t count);
   // Of the calling thread.
   static Scratch& Local();
 
@@ -32,6 +33,7 @@ class Scratch {
   std::vector<uint16_t> staging_;
   std::vector<uint32_t> ids_;
   std::vector<float> scores_, work_, query_;
+  std::vector<uint16_t> codes_;
 };
 
 // The work of one Attend, cut into units that any thread may run: a head's sampled tokens of a
@@ -78,10 +80,12 @@ class Batch {
   Partials PartialsOf(const Unit& unit);
   // Of its heads, in float32, until the next call by this thread.
   const float* QueryOf(const Unit& unit) const;
+  // Of its head, a copy until the next call by this thread; null where one is out of range.
+  const uint16_t* CodesOf(const Unit& unit) const;
   void MakePartials();
   void RunUnit(size_t index, const Partials& out);
   void RunExact(size_t index, const SegmentView& view, const float* q, const Partials& out);
-  void RunLsh(size_t index, const SegmentView& view, const QueryItem& item, const Partials& out);
+  void RunLsh(size_t index, const SegmentView& view, const Partials& out);
   void RunTopK(size_t index, const SegmentView& view, const float* q, const Partials& out);
   void RunOracle(size_t index, const SegmentView& view, const QueryItem& item, const Partials& out);
   void MergeItem(uint32_t item);
@@ -95,7 +99,8 @@ class Batch {
   std::vector<Unit> units_;
   // What units find; each writes its own part, so that none is touched before.
   std::shared_ptr<std::vector<float>> results_;
-  std::vector<uint64_t> sampled_;           // tokens, by unit
+  static constexpr uint64_t kRefused = UINT64_MAX;
+  std::vector<uint64_t> sampled_;           // tokens, by unit; or kRefused
   std::vector<std::vector<uint32_t>> ids_;  // by unit, where they are collected
   std::vector<Result> merged_;              // by item
   std::vector<PartialItem> partials_;

@@ -104,17 +104,28 @@ inline constexpr uint32_t kOpenTokens = 256;
 struct QueryItem {
   RequestId request;
   uint32_t kv_head;
-  uint64_t offloaded_tokens;     // tokens [0, this) are attended, those of them that live here
-  bool exact;                    // short context or dense layer: u = 1 for all
-  const float* q;                // [group, head_dim]
-  const uint16_t* codes;         // [group, l]; null where exact
+  uint64_t offloaded_tokens;  // tokens [0, this) are attended, those of them that live here
+  bool exact;                 // short context or dense layer: u = 1 for all
+  const float* q;             // [group, head_dim]
+  // [group, l]; null where exact. Read once, by the threads, before anything relies on them: others
+  // may write to them.
+  const uint16_t* codes;
   const bf16* q_bf16 = nullptr;  // the query, where q is null
+};
+
+enum class Status : uint8_t {
+  kOk,
+  kUnknownRequest,  // never opened, or released
+  kNotHere,         // no such segment on this host
+  kMissingTokens,   // asked for tokens that have not been appended
+  kBadArgument,
 };
 
 // Result of one QueryItem over one segment (deterministic) or all of this host's (segment = −1).
 struct PartialItem {
   uint32_t item;  // index of the QueryItem
   int32_t segment;
+  Status status = Status::kOk;    // kBadArgument: a code was out of range, and values say nothing
   std::vector<uint64_t> sampled;  // [group] tokens that contributed
   std::span<float> values;        // max, den and num, one behind the other
   std::shared_ptr<float> memory;  // that holds them, with those of the batch's other partials
@@ -142,14 +153,6 @@ struct AttendBatch {
     std::atomic<uint64_t> probe_ns{0}, attend_ns{0};
   };
   Times* times = nullptr;
-};
-
-enum class Status : uint8_t {
-  kOk,
-  kUnknownRequest,  // never opened, or released
-  kNotHere,         // no such segment on this host
-  kMissingTokens,   // asked for tokens that have not been appended
-  kBadArgument,
 };
 
 struct MemoryUsage {

@@ -39,6 +39,22 @@ class SharedMemory {
   virtual std::span<std::byte> bytes() const = 0;
 };
 
+// The payload of a frame that has come. Its pieces may lie in a peer's memory, where they are read
+// without a copy and may change at any time.
+class IncomingPayload {
+ public:
+  virtual ~IncomingPayload() = default;
+  // One behind the other.
+  virtual std::span<const std::span<const std::byte>> pieces() const = 0;
+  // In one piece, aligned to 16 bytes, that nobody else writes to: a copy where it must be.
+  virtual std::span<const std::byte> whole() = 0;
+  operator std::span<const std::byte>() { return whole(); }
+  // Called before `pieces`, keeps them where they are until what it returns is released, from any
+  // thread, before the channel closes; its sender's `done` waits for that, and for the owner's next
+  // Progress.
+  virtual std::shared_ptr<const void> Keep() = 0;
+};
+
 enum class PeerState { kConnected, kLost };
 
 // Counters since the start; frames that were dropped never reached the handler. Bytes are those of
@@ -57,8 +73,8 @@ struct ChannelStats {
 // everything but Post. Handlers run inside Progress, on that thread; they must not throw.
 class Channel {
  public:
-  // The payload is valid during the call only, aligned to 16 bytes.
-  using FrameHandler = std::function<void(const FrameHeader&, std::span<const std::byte>)>;
+  // The payload is valid during the call only.
+  using FrameHandler = std::function<void(const FrameHeader&, IncomingPayload&)>;
   using PeerHandler = std::function<void(RankId peer, const std::string& reason)>;
 
   virtual ~Channel() = default;

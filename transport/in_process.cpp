@@ -132,6 +132,19 @@ void InProcessNetwork::State::Break(int32_t one, int32_t other, const std::strin
 
 namespace {
 
+class Delivered final : public IncomingPayload {
+ public:
+  explicit Delivered(Bytes bytes)
+      : bytes_(std::make_shared<const Bytes>(std::move(bytes))), piece_(*bytes_) {}
+  std::span<const std::span<const std::byte>> pieces() const override { return {&piece_, 1}; }
+  std::span<const std::byte> whole() override { return piece_; }
+  std::shared_ptr<const void> Keep() override { return bytes_; }
+
+ private:
+  std::shared_ptr<const Bytes> bytes_;
+  std::span<const std::byte> piece_;
+};
+
 class InProcessChannel final : public Channel {
  public:
   InProcessChannel(RankId self, std::shared_ptr<InProcessNetwork::State> state)
@@ -263,7 +276,7 @@ bool InProcessChannel::Progress() {
     node_.inbox.erase(first_due, node_.inbox.end());
     lost.swap(node_.lost);
   }
-  for (const Parcel& parcel : taken) {
+  for (Parcel& parcel : taken) {
     any = true;
     if (parcel.closes) {
       lost.emplace_back(parcel.from, "closed by the peer");
@@ -272,7 +285,8 @@ bool InProcessChannel::Progress() {
     const auto header = gate_.Admit(parcel.header, parcel.payload.size());
     if (!header) continue;
     gate_.CountDelivered(*header);
-    if (on_frame_) on_frame_(*header, parcel.payload);
+    Delivered payload(std::move(parcel.payload));
+    if (on_frame_) on_frame_(*header, payload);
   }
   any |= RunDone();
   for (const auto& [rank, reason] : lost) {

@@ -12,12 +12,61 @@ namespace passel::transport {
 namespace {
 
 constexpr uint64_t kKeepBytes = 64u << 20;
-// Announced frames cost a descriptor each; honest senders bound their bytes in flight far below.
+// Announced frames cost a descriptor each, and those referred to what says where they lie; honest
+// senders bound their bytes in flight far below.
 constexpr size_t kMaxAnnounced = 4096;
 
 bool IsAligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 }  // namespace
+
+class UcxReceiver::Delivered final : public IncomingPayload {
+ public:
+  Delivered(UcxReceiver* receiver, Frame* frame) : receiver_(receiver), frame_(frame) {
+    if (!frame->referral.empty()) return;
+    const auto* data = frame->held != nullptr ? static_cast<const std::byte*>(frame->held)
+                                              : frame->buffer.data.get();
+    frame->pieces.assign(1, {data, frame->header.payload_bytes});
+  }
+  std::span<const std::span<const std::byte>> pieces() const override { return frame_->pieces; }
+  std::span<const std::byte> whole() override {
+    // A single piece may be shared memory, too.
+    if (!frame_->referral.empty() && frame_->buffer.data == nullptr) Copy();
+    return frame_->pieces.front();
+  }
+  std::shared_ptr<const void> Keep() override {
+    struct Kept {
+      std::shared_ptr<Returned> returned;
+      Frame frame;
+      ~Kept() {
+        const std::lock_guard lock(returned->mutex);
+        returned->frames.push_back(std::move(frame));
+        returned->any.store(true, std::memory_order_release);
+      }
+    };
+    // UCX's memory is released by its own thread.
+    if (frame_->held != nullptr) {
+      Copy();
+      ucp_am_data_release(receiver_->worker_, std::exchange(frame_->held, nullptr));
+    }
+    auto kept = std::make_shared<Kept>();
+    kept->frame = std::move(*frame_);
+    kept->returned = receiver_->returned_;
+    frame_ = &kept->frame;
+    return kept;
+  }
+
+ private:
+  void Copy() {
+    frame_->buffer = receiver_->pool_.Acquire(frame_->header.payload_bytes);
+    std::byte* to = frame_->buffer.data.get();
+    for (const auto& piece : frame_->pieces) to = std::copy(piece.begin(), piece.end(), to);
+    frame_->pieces.assign(1, {frame_->buffer.data.get(), frame_->header.payload_bytes});
+  }
+
+  UcxReceiver* receiver_;
+  Frame* frame_;
+};
 
 UcxReceiver::UcxReceiver(ucp_worker_h worker, FrameGate* gate, const UcxSharing* sharing,
                          uint64_t max_receive_bytes)
@@ -59,14 +108,14 @@ ucs_status_t UcxReceiver::Arrived(const FrameHeader& header, void* data, uint64_
     return UCS_INPROGRESS;
   }
   if (header.payload_bytes == 0) {
-    ready_.push_back({header, {}, nullptr});
+    ready_.push_back({header, {}, nullptr, {}, {}});
     return UCS_OK;
   }
   if ((flags & UCP_AM_RECV_ATTR_FLAG_DATA) != 0 && IsAligned(data)) {
-    ready_.push_back({header, {}, data});
+    ready_.push_back({header, {}, data, {}, {}});
     return UCS_INPROGRESS;
   }
-  Frame frame{header, pool_.Acquire(header.payload_bytes), nullptr};
+  Frame frame{header, pool_.Acquire(header.payload_bytes), nullptr, {}, {}};
   std::memcpy(frame.buffer.data.get(), data, header.payload_bytes);
   ready_.push_back(std::move(frame));
   return UCS_OK;
@@ -86,7 +135,7 @@ ucs_status_t UcxReceiver::OnReferral(void* arg, const void* header_data, size_t 
     const RankId source(parsed->source);
     const bool known = parsed->nonce == self->gate_->nonce() && self->gate_->Knows(source);
     const std::span body(static_cast<const std::byte*>(data), bytes);
-    if (!self->Announce(header, *parsed, body) && known) {
+    if (!self->TakeReferral(header, *parsed, body) && known) {
       // Its sender waits for this, as for the end of any send.
       self->fetched_.emplace_back(source, parsed->sequence);
     }
@@ -96,39 +145,28 @@ ucs_status_t UcxReceiver::OnReferral(void* arg, const void* header_data, size_t 
   return UCS_OK;
 }
 
-bool UcxReceiver::Announce(std::span<const std::byte> header, const FrameHeader& parsed,
-                           std::span<const std::byte> referral) {
+bool UcxReceiver::TakeReferral(std::span<const std::byte> header, const FrameHeader& parsed,
+                               std::span<const std::byte> referral) {
   if (stopped_) return false;
   const auto admitted = gate_->Admit(header, parsed.payload_bytes);
   if (!admitted) return false;
-  if (announced_.size() >= kMaxAnnounced) {
+  if (ready_.size() >= kMaxAnnounced) {
     gate_->CountOverflow();
     return false;
   }
-  auto large = std::make_unique<LargeFrame>();
+  Frame frame{*admitted, {}, nullptr, {}, {}};
   if (referral.size() <= UcxSharing::kMostReferral) {
-    large->referral.assign(referral.begin(), referral.end());
-    large->parts = sharing_->Resolve(RankId(admitted->source), large->referral);
+    frame.referral.assign(referral.begin(), referral.end());
+    frame.pieces = sharing_->Resolve(RankId(admitted->source), frame.referral);
   }
   uint64_t payload = 0;
-  for (const auto& part : large->parts) payload += part.size();
-  if (payload != admitted->payload_bytes) {
+  for (const auto& piece : frame.pieces) payload += piece.size();
+  if (payload == 0 || payload != admitted->payload_bytes) {
     gate_->CountMalformed();
     return false;
   }
-  large->frame.header = *admitted;
-  announced_.push_back(std::move(large));
+  ready_.push_back(std::move(frame));
   return true;
-}
-
-void UcxReceiver::Fetch(LargeFrame& large) {
-  std::byte* to = large.frame.buffer.data.get();
-  for (const auto& part : large.parts) {
-    std::memcpy(to, part.data(), part.size());
-    to += part.size();
-  }
-  fetched_.emplace_back(RankId(large.frame.header.source), large.frame.header.sequence);
-  ready_.push_back(std::move(large.frame));
 }
 
 bool UcxReceiver::StartReceives() {
@@ -137,12 +175,6 @@ bool UcxReceiver::StartReceives() {
     LargeFrame* large = announced_.front().get();
     large->frame.buffer = pool_.TryAcquire(large->frame.header.payload_bytes);
     if (large->frame.buffer.data == nullptr) break;
-    if (large->descriptor == nullptr) {
-      Fetch(*large);
-      announced_.pop_front();
-      any = true;
-      continue;
-    }
     receiving_.push_back(std::move(announced_.front()));
     announced_.pop_front();
     any = true;
@@ -182,6 +214,21 @@ void UcxReceiver::Finish(LargeFrame* large, ucs_status_t status) {
 void UcxReceiver::Recycle(Frame& frame) {
   if (frame.held != nullptr) ucp_am_data_release(worker_, frame.held);
   pool_.Release(std::move(frame.buffer));
+  if (frame.referral.empty()) return;
+  fetched_.emplace_back(RankId(frame.header.source), frame.header.sequence);
+}
+
+UcxReceiver::Fetched UcxReceiver::TakeFetched() {
+  if (returned_->any.load(std::memory_order_acquire)) {
+    std::vector<Frame> frames;
+    {
+      const std::lock_guard lock(returned_->mutex);
+      frames.swap(returned_->frames);
+      returned_->any.store(false, std::memory_order_release);
+    }
+    for (Frame& frame : frames) Recycle(frame);
+  }
+  return std::exchange(fetched_, {});
 }
 
 bool UcxReceiver::Deliver(const Channel::FrameHandler& handler) {
@@ -195,13 +242,12 @@ bool UcxReceiver::Deliver(const Channel::FrameHandler& handler) {
       ~Loan() { receiver->Recycle(frame); }
     } loan{this, std::move(ready_.front())};
     ready_.pop_front();
-    const FrameHeader& header = loan.frame.header;
+    const FrameHeader header = loan.frame.header;
     // Judged again: its peer may have been closed or the epoch changed since it arrived.
     if (!gate_->Admit(std::as_bytes(std::span(&header, 1)), header.payload_bytes)) continue;
     gate_->CountDelivered(header);
-    const auto* data = loan.frame.held != nullptr ? static_cast<const std::byte*>(loan.frame.held)
-                                                  : loan.frame.buffer.data.get();
-    if (handler) handler(header, {data, header.payload_bytes});
+    Delivered payload(this, &loan.frame);
+    if (handler) handler(header, payload);
   }
   return any;
 }
@@ -210,14 +256,7 @@ void UcxReceiver::Stop() {
   stopped_ = true;
   for (Frame& frame : ready_) Recycle(frame);
   ready_.clear();
-  for (const auto& large : announced_) {
-    if (large->descriptor != nullptr) {
-      ucp_am_data_release(worker_, large->descriptor);
-    } else {
-      const FrameHeader& header = large->frame.header;
-      fetched_.emplace_back(RankId(header.source), header.sequence);
-    }
-  }
+  for (const auto& large : announced_) ucp_am_data_release(worker_, large->descriptor);
   announced_.clear();
 }
 

@@ -2,9 +2,11 @@
 
 #include <ucp/api/ucp.h>
 
+#include <atomic>
 #include <cstdint>
 #include <deque>
 #include <memory>
+#include <mutex>
 #include <utility>
 #include <vector>
 
@@ -25,12 +27,11 @@ class UcxReceiver {
   UcxReceiver(const UcxReceiver&) = delete;
   UcxReceiver& operator=(const UcxReceiver&) = delete;
 
-  // Starts receiving announced large frames and copies those that were referred to, as far as
-  // memory allows; true if any was.
+  // Starts receiving announced large frames, as far as memory allows; true if any was.
   bool StartReceives();
   // Referrals whose pieces are no longer read: their sources and sequences.
   using Fetched = std::vector<std::pair<RankId, uint64_t>>;
-  Fetched TakeFetched() { return std::exchange(fetched_, {}); }
+  Fetched TakeFetched();
   // Hands what has arrived to `handler`; true if anything was.
   bool Deliver(const Channel::FrameHandler& handler);
   bool has_frames() const { return !ready_.empty(); }
@@ -39,19 +40,26 @@ class UcxReceiver {
   void Stop();
 
  private:
-  // A frame that may be delivered. Its payload lies in `buffer`, or in memory of UCX's (`held`).
+  // A frame that may be delivered. Its payload lies in `buffer`, in memory of UCX's (`held`), or in
+  // what a referral holds and shared memory.
   struct Frame {
     FrameHeader header;
     BufferPool::Buffer buffer;
     void* held = nullptr;
+    std::vector<std::byte> referral;
+    std::vector<std::span<const std::byte>> pieces;  // of the payload
   };
-  // A frame that the sender announced, in full by a descriptor, until its receive starts, or by
-  // what a referral holds.
+  class Delivered;
+  // Frames that were kept beyond their delivery, on their way back; from any thread.
+  struct Returned {
+    std::mutex mutex;
+    std::vector<Frame> frames;
+    std::atomic<bool> any{false};
+  };
+  // A frame that the sender announced, until its receive has ended.
   struct LargeFrame {
     Frame frame;
-    void* descriptor = nullptr;
-    std::vector<std::byte> referral;
-    std::vector<std::span<const std::byte>> parts;  // of the payload, in it and in shared memory
+    void* descriptor = nullptr;  // until the receive starts
     UcxReceiver* owner = nullptr;
   };
 
@@ -65,9 +73,8 @@ class UcxReceiver {
   void Recycle(Frame& frame);
 
   // False where the referral is not taken.
-  bool Announce(std::span<const std::byte> header, const FrameHeader& parsed,
-                std::span<const std::byte> referral);
-  void Fetch(LargeFrame& large);
+  bool TakeReferral(std::span<const std::byte> header, const FrameHeader& parsed,
+                    std::span<const std::byte> referral);
 
   ucp_worker_h worker_;
   FrameGate* gate_;
@@ -77,6 +84,7 @@ class UcxReceiver {
   std::deque<std::unique_ptr<LargeFrame>> announced_;
   std::vector<std::unique_ptr<LargeFrame>> receiving_;
   Fetched fetched_;
+  const std::shared_ptr<Returned> returned_ = std::make_shared<Returned>();
   bool stopped_ = false;
 };
 

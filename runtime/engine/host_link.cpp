@@ -35,7 +35,7 @@ HostLink::HostLink(const Job& job, transport::Channel& channel, const model::Ten
       shape_(job.wire_shape()),
       host_ranks_(job.RanksOf(cluster::Role::kHost)),
       health_(Watch(job, host_ranks_)) {
-  channel_.SetFrameHandler([this](const transport::FrameHeader& h, std::span<const std::byte> p) {
+  channel_.SetFrameHandler([this](const transport::FrameHeader& h, transport::IncomingPayload& p) {
     try {
       OnFrame(h, p);
     } catch (const std::exception& e) {  // nothing may cross the transport's C callback
@@ -270,24 +270,25 @@ uint64_t HostLink::pending_bytes() const {
   return most;
 }
 
-void HostLink::OnFrame(const transport::FrameHeader& header, std::span<const std::byte> payload) {
+void HostLink::OnFrame(const transport::FrameHeader& header, transport::IncomingPayload& payload) {
   const RankId from(header.source);
   if (std::find(host_ranks_.begin(), host_ranks_.end(), from) == host_ranks_.end()) {
     ++dropped_;
     return;
   }
   health_.Heard(from, Clock::now());
-  if (header.type == transport::FrameType::kPartial) return OnPartial(header, payload);
+  if (header.type == transport::FrameType::kPartial) return OnPartial(header, payload.pieces());
   if (header.type == transport::FrameType::kControl) {
+    const std::span<const std::byte> bytes = payload.whole();
     cluster::proto::Control message;
-    if (message.ParseFromArray(payload.data(), static_cast<int>(payload.size()))) {
+    if (message.ParseFromArray(bytes.data(), static_cast<int>(bytes.size()))) {
       return on_control_(from, message);
     }
   }
   if (header.type != transport::FrameType::kHeartbeat) ++dropped_;
 }
 
-void HostLink::OnPartial(const transport::FrameHeader& header, std::span<const std::byte> payload) {
+void HostLink::OnPartial(const transport::FrameHeader& header, cluster::PayloadPieces payload) {
   const auto drop = [&](const std::string& why) {
     spdlog::debug("a partial of rank {} dropped: {}", header.source, why);
     ++dropped_;
@@ -308,7 +309,7 @@ void HostLink::OnPartial(const transport::FrameHeader& header, std::span<const s
   if (!views) return drop(why);
   // Exactly those asked for, in their order.
   const auto is_asked = [](const cluster::PartialView& v, const PartialKey& key) {
-    return PartialKey{v.entry->row, v.entry->kv_head, v.entry->segment} == key;
+    return PartialKey{v.entry.row, v.entry.kv_head, v.entry.segment} == key;
   };
   if (!std::equal(views->begin(), views->end(), frame->partials.begin(), frame->partials.end(),
                   is_asked)) {
@@ -318,7 +319,7 @@ void HostLink::OnPartial(const transport::FrameHeader& header, std::span<const s
     const cluster::PartialView& v = (*views)[i];
     const uint32_t place = frame->places[i];
     const size_t at = place * PartialFloats();
-    box->partials[place] = {frame->partials[i], v.entry->sampled_tokens, at};
+    box->partials[place] = {frame->partials[i], v.entry.sampled_tokens, at};
     auto to = box->values.begin() + static_cast<std::ptrdiff_t>(at);
     for (const auto part : {v.max, v.den}) to = std::copy(part.begin(), part.end(), to);
     std::memcpy(&*to, v.num.data(), v.num.size_bytes());

@@ -87,8 +87,8 @@ class HostLink {
   uint64_t dropped() const { return dropped_; }
 
  private:
-  void OnFrame(const transport::FrameHeader& header, std::span<const std::byte> payload);
-  void OnPartial(const transport::FrameHeader& header, std::span<const std::byte> payload);
+  void OnFrame(const transport::FrameHeader& header, transport::IncomingPayload& payload);
+  void OnPartial(const transport::FrameHeader& header, cluster::PayloadPieces payload);
   void Send(uint32_t host, transport::FrameHeader header, std::vector<std::byte> payload);
   static uint64_t Ticket(uint64_t step, int32_t layer, uint16_t micro_batch, uint32_t part);
 

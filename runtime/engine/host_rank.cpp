@@ -31,7 +31,7 @@ HostRank::HostRank(const Job& job, transport::Channel& channel, uint64_t memory_
       attention_(job.host_options(memory_bytes)),
       heard_(Clock::now()),
       beat_(Clock::now()) {
-  channel_.SetFrameHandler([this](const transport::FrameHeader& h, std::span<const std::byte> p) {
+  channel_.SetFrameHandler([this](const transport::FrameHeader& h, transport::IncomingPayload& p) {
     try {
       OnFrame(h, p);
     } catch (const std::exception& e) {  // nothing may cross the transport's C callback
@@ -89,7 +89,7 @@ void HostRank::Drop(const transport::FrameHeader& header, const std::string& why
                static_cast<int>(header.type), header.source, why);
 }
 
-void HostRank::OnFrame(const transport::FrameHeader& header, std::span<const std::byte> payload) {
+void HostRank::OnFrame(const transport::FrameHeader& header, transport::IncomingPayload& payload) {
   if (header.source < 0 || static_cast<size_t>(header.source) >= job_.ranks.size() ||
       job_.ranks[static_cast<size_t>(header.source)].role != cluster::Role::kModel) {
     return Drop(header, "expected a model rank as the source");
@@ -138,11 +138,11 @@ bool HostRank::TakeKv(const transport::FrameHeader& header, std::span<const std:
     return true;
   }
   for (const cluster::KvView& v : *views) {
-    const host::AppendSpan span{RequestId(v.entry->request),
+    const host::AppendSpan span{RequestId(v.entry.request),
                                 header.layer,
-                                v.entry->kv_head,
-                                v.entry->first_token,
-                                v.entry->count,
+                                v.entry.kv_head,
+                                v.entry.first_token,
+                                v.entry.count,
                                 v.rows.data(),
                                 v.codes.empty() ? nullptr : v.codes.data()};
     const host::Status status = attention_.Append(span);
@@ -161,7 +161,7 @@ void HostRank::OnKeyMean(const transport::FrameHeader& header, std::span<const s
   if (!views) return Drop(header, why);
   for (const cluster::KeyMeanView& v : *views) {
     const host::Status status =
-        attention_.SetMean({RequestId(v.entry->request), header.layer, v.entry->kv_head, v.mean});
+        attention_.SetMean({RequestId(v.entry.request), header.layer, v.entry.kv_head, v.mean});
     if (status != host::Status::kOk) Drop(header, "mean not taken");
   }
   RetryWaiting();
@@ -188,37 +188,47 @@ std::shared_ptr<float> HostRank::ReplyMemory::Take(size_t floats) {
   return {new float[floats], std::default_delete<float[]>()};
 }
 
-void HostRank::OnQuery(const transport::FrameHeader& header, std::span<const std::byte> payload) {
-  std::string why;
-  const auto views = cluster::ParseQuery(shape_, header.count, payload, &why);
-  if (!views) return Drop(header, why);
+void HostRank::OnQuery(const transport::FrameHeader& header, transport::IncomingPayload& payload) {
   const std::shared_ptr<Query> query = queries_.Take();
   query->header = header;
-  query->entries.clear();
-  size_t values = 0, codes = 0;
-  for (const cluster::QueryView& v : *views) {
-    query->entries.push_back(*v.entry);
-    values += v.q.size();
-    codes += v.codes.size();
+  query->memory = payload.Keep();
+  std::string why;
+  auto views = cluster::ParseQuery(shape_, header.count, payload.pieces(), &why);
+  if (!views) {
+    query->memory.reset();
+    return Drop(header, why);
   }
-  query->q.resize(values);
-  query->codes.resize(codes);
-  auto q_at = query->q.begin();
-  auto codes_at = query->codes.begin();
-  for (const cluster::QueryView& v : *views) {
-    q_at = std::copy(v.q.begin(), v.q.end(), q_at);
-    codes_at = std::copy(v.codes.begin(), v.codes.end(), codes_at);
-  }
+  query->views = std::move(*views);
   if (Start(query)) return;
   if (waiting_bytes_ + query->bytes() > kMaxWaitingBytes) {
+    query->memory.reset();
     return Drop(header, "too many queries wait for tokens");
   }
+  MoveToOwnMemory(*query);
   waiting_bytes_ += query->bytes();
   waiting_.push_back(query);
 }
 
+// A query that waits for tokens leaves the memory of its sender.
+void HostRank::MoveToOwnMemory(Query& query) {
+  struct Copy {
+    std::vector<bf16> q;
+    std::vector<uint16_t> codes;
+  };
+  auto copies = std::make_shared<std::vector<Copy>>();
+  copies->reserve(query.views.size());
+  for (cluster::QueryView& v : query.views) {
+    const Copy& copy =
+        copies->emplace_back(Copy{{v.q.begin(), v.q.end()}, {v.codes.begin(), v.codes.end()}});
+    v.q = copy.q;
+    v.codes = copy.codes;
+  }
+  query.memory = std::move(copies);
+}
+
 bool HostRank::Ready(const Query& query) const {
-  for (const cluster::QueryEntry& e : query.entries) {
+  for (const cluster::QueryView& v : query.views) {
+    const cluster::QueryEntry& e = v.entry;
     for (uint32_t h = 0; h < e.kv_heads; ++h) {
       if (!attention_.Ready(RequestId(e.request), query.header.layer, e.first_kv_head + h,
                             e.offloaded_tokens)) {
@@ -245,11 +255,12 @@ bool HostRank::Start(const std::shared_ptr<Query>& query) {
   batch.layer = query->header.layer;
   batch.bf16_num = true;
   batch.memory = [this](size_t floats) { return replies_.Take(floats); };
-  const bf16* q = query->q.data();
-  const uint16_t* codes = query->codes.data();
   query->asked.clear();
-  batch.items.reserve(query->entries.size());
-  for (const cluster::QueryEntry& e : query->entries) {
+  batch.items.reserve(query->views.size());
+  for (const cluster::QueryView& v : query->views) {
+    const cluster::QueryEntry& e = v.entry;
+    const bf16* q = v.q.data();
+    const uint16_t* codes = v.codes.data();
     for (uint32_t h = 0; h < e.kv_heads; ++h) {
       const uint32_t kv_head = e.first_kv_head + h;
       const bool exact = e.exact != 0;
@@ -266,6 +277,7 @@ bool HostRank::Start(const std::shared_ptr<Query>& query) {
   try {
     status =
         attention_.Attend(std::move(batch), [this, query](std::vector<host::PartialItem> items) {
+          query->memory.reset();
           try {
             Reply(*query, std::move(items));
           } catch (const std::exception& e) {  // too large for a frame, or no memory for it
@@ -276,12 +288,14 @@ bool HostRank::Start(const std::shared_ptr<Query>& query) {
         });
   } catch (...) {  // no memory
     --in_flight_;
+    query->memory.reset();
     throw;
   }
   if (status == host::Status::kOk) return true;
   --in_flight_;
   // Its request may be opened, or its tokens come, later.
   if (status != host::Status::kBadArgument) return false;
+  query->memory.reset();
   Drop(query->header,
        "query not answered (status " + std::to_string(static_cast<int>(status)) + ")");
   return true;
@@ -294,6 +308,7 @@ void HostRank::Reply(const Query& query, std::vector<host::PartialItem> items) {
   std::vector<const void*> values;
   values.reserve(items.size());
   for (const host::PartialItem& item : items) {
+    if (item.status != host::Status::kOk) return Drop(query.header, "a code out of range");
     cluster::PartialEntry& entry = entries.emplace_back(query.asked[item.item]);
     entry.segment = item.segment;
     for (const uint64_t s : item.sampled) entry.sampled_tokens += s;
@@ -328,8 +343,8 @@ void HostRank::OnControl(const transport::FrameHeader& header, std::span<const s
     const uint64_t request = message.release().request();
     attention_.Release(RequestId(request));
     std::erase_if(waiting_, [&](const std::shared_ptr<Query>& query) {
-      const bool asks = std::any_of(query->entries.begin(), query->entries.end(),
-                                    [&](const auto& e) { return e.request == request; });
+      const bool asks = std::any_of(query->views.begin(), query->views.end(),
+                                    [&](const auto& v) { return v.entry.request == request; });
       if (asks) waiting_bytes_ -= query->bytes();
       return asks;
     });

@@ -34,16 +34,16 @@ class HostRank {
   // A query frame that waits for its tokens, or whose answer is being computed.
   struct Query {
     transport::FrameHeader header;
-    std::vector<cluster::QueryEntry> entries;
-    std::vector<bf16> q;                       // of all entries, one behind the other
-    std::vector<uint16_t> codes;               // of those that are not exact
+    std::vector<cluster::QueryView> views;
+    std::shared_ptr<const void> memory;        // where these lie; until the answer is computed
     std::vector<cluster::PartialEntry> asked;  // the answers' entries, by item of the batch
 
     // Memory that was used before may be larger than what is in it.
     uint64_t bytes() const {
-      return sizeof(Query) + entries.capacity() * sizeof(cluster::QueryEntry) +
-             asked.capacity() * sizeof(cluster::PartialEntry) + q.capacity() * sizeof(bf16) +
-             codes.capacity() * sizeof(uint16_t);
+      uint64_t bytes = sizeof(Query) + views.capacity() * sizeof(cluster::QueryView) +
+                       asked.capacity() * sizeof(cluster::PartialEntry);
+      for (const auto& v : views) bytes += v.q.size_bytes() + v.codes.size_bytes();
+      return bytes;
     }
   };
 
@@ -70,16 +70,17 @@ class HostRank {
     std::vector<std::byte> payload;
   };
 
-  void OnFrame(const transport::FrameHeader& header, std::span<const std::byte> payload);
+  void OnFrame(const transport::FrameHeader& header, transport::IncomingPayload& payload);
   void OnKv(const transport::FrameHeader& header, std::span<const std::byte> payload);
   // False where tokens in front are missing; appending again what is there does nothing.
   bool TakeKv(const transport::FrameHeader& header, std::span<const std::byte> payload);
   void OnKeyMean(const transport::FrameHeader& header, std::span<const std::byte> payload);
-  void OnQuery(const transport::FrameHeader& header, std::span<const std::byte> payload);
+  void OnQuery(const transport::FrameHeader& header, transport::IncomingPayload& payload);
   void OnControl(const transport::FrameHeader& header, std::span<const std::byte> payload);
   void Open(const cluster::proto::OpenRequest& open);
   void Drop(const transport::FrameHeader& header, const std::string& why);
   bool Ready(const Query& query) const;
+  static void MoveToOwnMemory(Query& query);
   // False where the query must wait for its tokens.
   bool Start(const std::shared_ptr<Query>& query);
   void Reply(const Query& query, std::vector<host::PartialItem> items);

@@ -132,17 +132,27 @@ std::vector<std::byte> KeyMeanPayload() {
   return out;
 }
 
+// Of a payload in one piece.
+auto ParseQueryOf(const WireShape& shape, uint32_t count, std::span<const std::byte> payload,
+                  std::string* why) {
+  return ParseQuery(shape, count, {&payload, 1}, why);
+}
+auto ParsePartialOf(const WireShape& shape, uint32_t count, std::span<const std::byte> payload,
+                    std::string* why) {
+  return ParsePartial(shape, count, {&payload, 1}, why);
+}
+
 TEST(Messages, QueryRoundTrip) {
   const auto payload = QueryPayload();
   std::string why;
-  const auto views = ParseQuery(kShape, 3, payload, &why);
+  const auto views = ParseQueryOf(kShape, 3, payload, &why);
   ASSERT_TRUE(views) << why;
   ASSERT_EQ(views->size(), 3u);
   uint32_t n = 1;
   for (size_t i = 0; i < 3; ++i) {
     const QueryView& v = (*views)[i];
     const QueryEntry e = QueryEntries()[i];
-    EXPECT_EQ(std::memcmp(v.entry, &e, sizeof(e)), 0);
+    EXPECT_EQ(std::memcmp(&v.entry, &e, sizeof(e)), 0);
     EXPECT_EQ(v.q.size(), e.kv_heads * 3u * 16u);
     EXPECT_EQ(v.codes.size(), e.exact ? 0u : e.kv_heads * 3u * 5u);
     EXPECT_EQ(reinterpret_cast<uintptr_t>(v.q.data()) % 16, 0u);
@@ -156,14 +166,14 @@ TEST(Messages, QueryRoundTrip) {
 TEST(Messages, PartialRoundTrip) {
   const auto payload = PartialPayload();
   std::string why;
-  const auto views = ParsePartial(kShape, 2, payload, &why);
+  const auto views = ParsePartialOf(kShape, 2, payload, &why);
   ASSERT_TRUE(views) << why;
   ASSERT_EQ(views->size(), 2u);
   uint32_t n = 1;
   for (size_t i = 0; i < 2; ++i) {
     const PartialView& v = (*views)[i];
     const PartialEntry e = PartialEntries()[i];
-    EXPECT_EQ(std::memcmp(v.entry, &e, sizeof(e)), 0);
+    EXPECT_EQ(std::memcmp(&v.entry, &e, sizeof(e)), 0);
     EXPECT_EQ(v.max.size(), 3u);
     EXPECT_EQ(v.num.size(), 48u);
     ExpectFilled(v.max, &n);
@@ -183,7 +193,7 @@ TEST(Messages, KvRoundTrip) {
   for (size_t i = 0; i < 3; ++i) {
     const KvView& v = (*views)[i];
     const KvEntry e = KvEntries()[i];
-    EXPECT_EQ(std::memcmp(v.entry, &e, sizeof(e)), 0);
+    EXPECT_EQ(std::memcmp(&v.entry, &e, sizeof(e)), 0);
     EXPECT_EQ(v.rows.size(), e.count * 32u);
     EXPECT_EQ(v.codes.size(), e.has_codes ? e.count * 5u : 0u);
     ExpectFilled(v.rows, &n);
@@ -200,7 +210,7 @@ TEST(Messages, KeyMeanRoundTrip) {
   ASSERT_EQ(views->size(), 2u);
   uint32_t n = 1;
   for (const KeyMeanView& v : *views) ExpectFilled(v.mean, &n);
-  EXPECT_EQ((*views)[1].entry->kv_head, 2u);
+  EXPECT_EQ((*views)[1].entry.kv_head, 2u);
   EXPECT_EQ(payload.size(), 2u * 16 + 2 * 64);
 }
 
@@ -208,8 +218,8 @@ TEST(Messages, NoEntriesIsAnEmptyPayload) {
   Pieces pieces;
   EXPECT_TRUE(BuildQuery(kShape, {}, {}, &pieces).empty());
   EXPECT_TRUE(pieces.empty());
-  EXPECT_TRUE(ParseQuery(kShape, 0, {}, nullptr));
-  EXPECT_FALSE(ParseQuery(kShape, 1, {}, nullptr));
+  EXPECT_TRUE(ParseQueryOf(kShape, 0, {}, nullptr));
+  EXPECT_FALSE(ParseQueryOf(kShape, 1, {}, nullptr));
 }
 
 // Each field of an entry out of its range: refused, and for the stated reason.
@@ -225,7 +235,7 @@ void ExpectRefused(std::vector<std::byte> payload, uint32_t count, Parse parse, 
 
 TEST(Messages, QueryFieldsOutOfRange) {
   const auto refused = [](QueryEntry e, const std::string& reason) {
-    ExpectRefused(QueryPayload(), 3, ParseQuery, e, reason);
+    ExpectRefused(QueryPayload(), 3, ParseQueryOf, e, reason);
   };
   refused({11, 100, 0, 0, 0, 0}, "kv_heads is zero");
   refused({11, 100, 1, 3, 0, 0}, "KV heads out of range");
@@ -239,7 +249,7 @@ TEST(Messages, QueryFieldsOutOfRange) {
 
 TEST(Messages, PartialFieldsOutOfRange) {
   const auto refused = [](PartialEntry e, const std::string& reason) {
-    ExpectRefused(PartialPayload(), 2, ParsePartial, e, reason);
+    ExpectRefused(PartialPayload(), 2, ParsePartialOf, e, reason);
   };
   refused({11, 4096 * 3 + 1, 0, 0, -1, 0}, "sampled_tokens above");
   refused({11, 7, 100, 0, -1, 0}, "row out of range");
@@ -266,20 +276,70 @@ TEST(Messages, KeyMeanFieldsOutOfRange) {
 }
 
 TEST(Messages, CodesWithBitsAboveKAreRefused) {
-  auto query = QueryPayload();
-  const auto views = ParseQuery(kShape, 3, query, nullptr);
-  ASSERT_TRUE(views);
-  const_cast<uint16_t&>((*views)[2].codes.back()) = kCode + 1;
-  std::string why;
-  EXPECT_FALSE(ParseQuery(kShape, 3, query, &why));
-  EXPECT_EQ(why, "entry 2: code out of range");
-  WireShape wide = kShape;
-  wide.k = 16;
-  EXPECT_TRUE(ParseQuery(wide, 3, query, nullptr));
   std::vector<KvSpace> kv_spaces;
   auto kv = BuildKv(kShape, KvEntries(), &kv_spaces);
-  kv_spaces[0].codes.front() = 0xffff;
-  EXPECT_FALSE(ParseKv(kShape, 3, kv, nullptr));
+  ASSERT_TRUE(ParseKv(kShape, 3, kv, nullptr));
+  kv_spaces[0].codes.back() = kCode + 1;
+  std::string why;
+  EXPECT_FALSE(ParseKv(kShape, 3, kv, &why));
+  EXPECT_EQ(why, "entry 0: code out of range");
+  WireShape wide = kShape;
+  wide.k = 16;
+  EXPECT_TRUE(ParseKv(wide, 3, kv, nullptr));
+}
+
+template <typename T>
+bool Same(std::span<const T> a, std::span<const T> b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size_bytes()) == 0;
+}
+bool SameData(const QueryView& a, const QueryView& b) {
+  return Same(a.q, b.q) && Same(a.codes, b.codes);
+}
+bool SameData(const PartialView& a, const PartialView& b) {
+  return Same(a.max, b.max) && Same(a.den, b.den) && Same(a.num, b.num);
+}
+
+// A payload cut anywhere, empty pieces among them: read as if it were whole where no array is cut,
+// else refused.
+template <typename View, typename Parse, typename ParseOf>
+void ExpectPiecesAsWhole(const std::vector<std::byte>& payload, uint32_t count, Parse parse,
+                         ParseOf parse_of) {
+  const auto whole = parse_of(kShape, count, payload, nullptr);
+  ASSERT_TRUE(whole);
+  Random random(12);
+  int accepted = 0, refused = 0;
+  for (int round = 0; round < 5000; ++round) {
+    // In memory of their own, so that nothing beyond a piece is readable.
+    std::vector<std::vector<std::byte>> memory;
+    for (size_t at = 0; at < payload.size();) {
+      size_t size = random.Next() % (payload.size() + 1);
+      if (random.Next() % 4 != 0) size = size / 16 * 16;
+      size = std::min(size, payload.size() - at);
+      memory.emplace_back(payload.begin() + static_cast<ptrdiff_t>(at),
+                          payload.begin() + static_cast<ptrdiff_t>(at + size));
+      at += size;
+    }
+    const std::vector<std::span<const std::byte>> pieces(memory.begin(), memory.end());
+    std::string why;
+    const auto views = parse(kShape, count, pieces, &why);
+    if (!views) {
+      ++refused;
+      ASSERT_NE(why.find("an array in pieces"), std::string::npos) << why;
+      continue;
+    }
+    ++accepted;
+    ASSERT_EQ(views->size(), whole->size());
+    for (size_t i = 0; i < views->size(); ++i) {
+      ASSERT_EQ(std::memcmp(&(*views)[i].entry, &(*whole)[i].entry, sizeof(View::entry)), 0);
+      ASSERT_TRUE(SameData((*views)[i], (*whole)[i]));
+    }
+  }
+  EXPECT_GT(accepted, 100);
+  EXPECT_GT(refused, 100);
+}
+TEST(Messages, PiecesAreReadWhereTheyLie) {
+  ExpectPiecesAsWhole<QueryView>(QueryPayload(), 3, ParseQuery, ParseQueryOf);
+  ExpectPiecesAsWhole<PartialView>(PartialPayload(), 2, ParsePartial, ParsePartialOf);
 }
 
 template <typename Parse>
@@ -306,8 +366,8 @@ void ExpectExactSizeCountAndAlignment(const std::vector<std::byte>& payload, uin
 }
 
 TEST(Messages, SizeCountAndAlignmentMustBeExact) {
-  ExpectExactSizeCountAndAlignment(QueryPayload(), 3, ParseQuery);
-  ExpectExactSizeCountAndAlignment(PartialPayload(), 2, ParsePartial);
+  ExpectExactSizeCountAndAlignment(QueryPayload(), 3, ParseQueryOf);
+  ExpectExactSizeCountAndAlignment(PartialPayload(), 2, ParsePartialOf);
   ExpectExactSizeCountAndAlignment(KvPayload(), 3, ParseKv);
   ExpectExactSizeCountAndAlignment(KeyMeanPayload(), 2, ParseKeyMean);
 }
@@ -324,13 +384,13 @@ TEST(Messages, SizesThatDoNotFit64BitsAreRefused) {
   const QueryEntry bad_query{1, 1, 0, kMax, 0, 0};
   std::memcpy(query.data(), &bad_query, sizeof(bad_query));
   std::string why;
-  EXPECT_FALSE(ParseQuery(huge, 1, query, &why));
+  EXPECT_FALSE(ParseQueryOf(huge, 1, query, &why));
   EXPECT_EQ(why, "entry 0: data past the payload's end");
   auto kv = KvPayload();
   const KvEntry bad_kv{1, 0, 0, kMax, 1, 0};
   std::memcpy(kv.data(), &bad_kv, sizeof(bad_kv));
   EXPECT_FALSE(ParseKv(huge, 1, kv, &why));
-  EXPECT_FALSE(ParsePartial(huge, 1, PartialPayload(), &why));
+  EXPECT_FALSE(ParsePartialOf(huge, 1, PartialPayload(), &why));
   EXPECT_FALSE(ParseKeyMean(huge, 1, KeyMeanPayload(), &why));
 }
 
@@ -414,27 +474,26 @@ void Mutate(const std::vector<std::byte>& valid, uint32_t count, size_t entry_by
 }
 
 TEST(Messages, MutatedPayloadsNeverReachOutside) {
-  Mutate(QueryPayload(), 3, sizeof(QueryEntry), ParseQuery,
+  Mutate(QueryPayload(), 3, sizeof(QueryEntry), ParseQueryOf,
          [](std::span<const std::byte> p, const QueryView& v) {
-           EXPECT_LE(v.entry->first_kv_head + v.entry->kv_heads, kShape.kv_heads);
-           for (const uint16_t c : v.codes) EXPECT_LE(c, kCode);
+           EXPECT_LE(v.entry.first_kv_head + v.entry.kv_heads, kShape.kv_heads);
            return Sum(p, v.q) + Sum(p, v.codes);
          });
-  Mutate(PartialPayload(), 2, sizeof(PartialEntry), ParsePartial,
+  Mutate(PartialPayload(), 2, sizeof(PartialEntry), ParsePartialOf,
          [](std::span<const std::byte> p, const PartialView& v) {
-           EXPECT_LT(v.entry->kv_head, kShape.kv_heads);
+           EXPECT_LT(v.entry.kv_head, kShape.kv_heads);
            return Sum(p, v.max) + Sum(p, v.den) + Sum(p, v.num);
          });
   Mutate(KvPayload(), 3, sizeof(KvEntry), ParseKv,
          [](std::span<const std::byte> p, const KvView& v) {
-           EXPECT_LE(v.entry->first_token + v.entry->count, kShape.max_tokens);
-           EXPECT_EQ(v.rows.size(), v.entry->count * 32u);
+           EXPECT_LE(v.entry.first_token + v.entry.count, kShape.max_tokens);
+           EXPECT_EQ(v.rows.size(), v.entry.count * 32u);
            for (const uint16_t c : v.codes) EXPECT_LE(c, kCode);
            return Sum(p, v.rows) + Sum(p, v.codes);
          });
   Mutate(KeyMeanPayload(), 2, sizeof(KeyMeanEntry), ParseKeyMean,
          [](std::span<const std::byte> p, const KeyMeanView& v) {
-           EXPECT_LT(v.entry->kv_head, kShape.kv_heads);
+           EXPECT_LT(v.entry.kv_head, kShape.kv_heads);
            return Sum(p, v.mean);
          });
 }

@@ -160,7 +160,8 @@ class HostRankTest : public testing::Test {
     if (HasFatalFailure()) return;
     std::string why;
     const Frame& f = *answer();
-    const auto views = cluster::ParsePartial(shape_, f.header.count, f.payload, &why);
+    const std::span<const std::byte> payload(f.payload);
+    const auto views = cluster::ParsePartial(shape_, f.header.count, {&payload, 1}, &why);
     ASSERT_TRUE(views) << why;
     ASSERT_EQ(views->size(), 1u);
     const auto& v = (*views)[0];
@@ -306,6 +307,17 @@ TEST_F(HostRankTest, CodesWithBitsBeyondKAreRefused) {
   f.payload[f.payload.size() - 2] = std::byte{0xff};
   Send(f);
   EXPECT_EQ(Sync(), 1u);
+  // Those of queries are looked at where they are used.
+  Fill(2);
+  Frame query = QueryFrame(2, 5);
+  query.payload.back() = std::byte{0xff};
+  query.payload[query.payload.size() - 2] = std::byte{0xff};
+  Send(query);
+  uint64_t dropped = 0;
+  Pump([&] { return (dropped = Sync()) > 1; });
+  EXPECT_EQ(dropped, 2u);
+  Send(QueryFrame(2, 6));
+  ExpectAnswer(6);
 }
 
 }  // namespace

@@ -32,8 +32,12 @@ AttendBatch One(const QueryItem& item, bool collect_ids = false) {
 PartialItem Merged(const std::vector<PartialItem>& parts, uint32_t group, uint32_t d) {
   const size_t floats = size_t{group} * (d + 2);
   const std::shared_ptr<float> memory(new float[floats](), std::default_delete<float[]>());
-  PartialItem sum = {0,      -1, std::vector<uint64_t>(group), std::span(memory.get(), floats),
-                     memory, {}};
+  PartialItem sum;
+  sum.item = 0;
+  sum.segment = -1;
+  sum.sampled.resize(group);
+  sum.values = std::span(memory.get(), floats);
+  sum.memory = memory;
   std::fill_n(sum.values.begin(), group, kEmptyMax);
   for (const PartialItem& p : parts) {
     for (uint32_t h = 0; h < group; ++h) {
@@ -106,6 +110,31 @@ TEST(HostAttention, LshSamplesExactlyTheDefinedSet) {
       sum.den += w * open.den;
       for (size_t j = 0; j < sum.num.size(); ++j) sum.num[j] += w * open.num[j];
       ExpectNear(sum, got[0], h, 1e-4);
+    }
+  }
+}
+
+// A code that no table has spoils its item alone, whichever head's it is.
+TEST(HostAttention, CodesOutOfRangeAreRefusedWhereTheyAreUsed) {
+  const uint32_t k = 6, l = 40;
+  const Data data = reference::MakeData(1, 700, 64, 4);
+  const Codes codes = reference::Hash(data, 2, k, l);
+  HostAttention host(MakeOptions(data, Estimator::kLsh, k, l));
+  const auto plan = PlanSegments(700, 0, 65536);
+  OpenOne(host, plan);
+  AppendAll(host, data, &codes, l, plan);
+  const auto want = Wait(host, One(ItemOf(data, &codes, 700)));
+  for (size_t at = 0; at < codes.queries.size(); at += 13) {
+    for (const uint32_t bad : {1u << k, 0x8000u, 0xffffu}) {
+      Codes spoilt = codes;
+      spoilt.queries[at] = static_cast<uint16_t>(bad);
+      AttendBatch batch = One(ItemOf(data, &codes, 700));
+      batch.items.push_back(ItemOf(data, &spoilt, 700));
+      const auto got = Wait(host, std::move(batch));
+      ASSERT_EQ(got.size(), 2u);
+      EXPECT_EQ(got[0].status, Status::kOk);
+      EXPECT_TRUE(std::ranges::equal(got[0].values, want[0].values));
+      EXPECT_EQ(got[1].status, Status::kBadArgument);
     }
   }
 }

@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <csignal>
 #include <cstring>
@@ -176,7 +177,88 @@ TEST_P(UcxSharingWays, PiecesHereAndThereArriveBeforeTheirMemoryIsWrittenAgain) 
   EXPECT_EQ(RunForked(3, GetParam().environment, body), "");
 }
 
-TEST_P(UcxFetching, ReferralsWaitForReceiveMemory) {
+// What a handler keeps stays as it was sent, whatever else comes, and its sender waits until
+// another thread has let go of it.
+TEST_P(UcxSharingWays, KeptPiecesStayUntilTheyAreReleased) {
+  const bool fetched = GetParam().described != kTcp.described;
+  const auto body = [&](ForkedRank& me) {
+    // In shared memory; and whole, in a message of UCX's and of more than that.
+    constexpr size_t kKinds = 3, kSizes[kKinds] = {50'000, 100, 200'000};
+    constexpr uint64_t kRounds = 40, kFrames = kRounds * kKinds, kAtOnce = 12;
+    struct Kept {
+      uint64_t seed;
+      size_t bytes;
+      std::vector<std::span<const std::byte>> pieces;
+      std::shared_ptr<const void> memory;
+    };
+    std::vector<Kept> kept;
+    uint64_t got = 0, done = 0, released = 0;
+    std::atomic<uint64_t> checked = 0, wrong = 0;
+    Memory memory;
+    auto channel = me.Start(kNonce);
+    channel->SetFrameHandler([&](const FrameHeader& h, IncomingPayload& p) {
+      if (h.type == FrameType::kHeartbeat) released = h.step;
+      if (h.type != FrameType::kKv) return;
+      Kept& k = kept.emplace_back(Kept{h.step, h.count, {}, p.Keep()});
+      k.pieces.assign(p.pieces().begin(), p.pieces().end());
+      ++got;
+    });
+    if (me.rank() == 0) {
+      memory = channel->ShareMemory(kRounds * kSizes[0], std::vector{RankId(1)});
+      if (fetched) SendUntilReferred(*channel, RankId(1), memory);
+      std::vector<std::vector<std::byte>> contents;
+      for (uint64_t i = 0; i < kFrames; ++i) contents.push_back(Payload(i, kSizes[i % kKinds]));
+      for (uint64_t i = 0; i < kFrames; ++i) {
+        FrameHeader h = Header(FrameType::kKv, static_cast<uint32_t>(contents[i].size()), i);
+        OutgoingFrame frame{h, contents[i], [&] { ++done; }};
+        if (i % kKinds == 0) {
+          const auto part = PartOf(memory->bytes(), i / kKinds, kRounds);
+          std::copy(contents[i].begin(), contents[i].end(), part.begin());
+          frame.payload = {};
+          frame.pieces = {part.first(30'000), part.subspan(30'000)};
+          frame.done = [&, part] {
+            std::fill(part.begin(), part.end(), std::byte{0xee});
+            ++done;
+          };
+        }
+        channel->Send(RankId(1), std::move(frame));
+      }
+      me.Until(
+          *channel,
+          [&] {
+            // Of those in shared memory, none is through that was not released.
+            me.Require(!fetched || done <= released + kFrames - kRounds, "done too early");
+            return done == kFrames;
+          },
+          "sends do not end");
+    } else {
+      while (checked < kFrames) {
+        me.Until(
+            *channel, [&] { return got >= std::min(kFrames, checked + kAtOnce); }, "none comes");
+        std::thread other([&, taken = std::exchange(kept, {})]() mutable {
+          for (Kept& k : taken) {
+            const auto expected = Payload(k.seed, k.bytes);
+            std::vector<std::byte> all;
+            for (const auto& piece : k.pieces) all.insert(all.end(), piece.begin(), piece.end());
+            wrong += all != expected;
+            ++checked;
+            k.memory.reset();
+          }
+        });
+        other.join();
+        channel->Send(RankId(0), {Header(FrameType::kHeartbeat, 0, checked), {}});
+      }
+      me.Require(wrong == 0, "kept pieces differ");
+    }
+    me.Barrier(channel.get());
+    const ChannelStats& s = channel->stats();
+    me.Require(s.dropped_malformed + s.dropped_overflow == 0, "frames dropped");
+    channel->Close(kCloseTimeout);
+  };
+  EXPECT_EQ(RunForked(2, GetParam().environment, body), "");
+}
+
+TEST_P(UcxFetching, ReferralsOfMoreThanReceiveMemoryArrive) {
   const auto body = [](ForkedRank& me) {
     constexpr uint64_t kFrames = 12, kBytes = 9 * kMiB;
     const auto content = Payload(7, kBytes);

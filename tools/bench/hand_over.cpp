@@ -65,7 +65,7 @@ class StampingChannel final : public transport::Channel {
   RankId self() const override { return channel_.self(); }
   void SetFrameHandler(FrameHandler handler) override {
     channel_.SetFrameHandler([this, handler = std::move(handler)](
-                                 const FrameHeader& h, std::span<const std::byte> payload) {
+                                 const FrameHeader& h, transport::IncomingPayload& payload) {
       const uint64_t come = Now();
       handler(h, payload);
       const uint64_t gone = Now();
