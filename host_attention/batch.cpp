@@ -162,6 +162,17 @@ void Batch::Drop() {
   results_.reset();
 }
 
+void Batch::Prefetch(size_t index) const {
+  if (index >= units_.size()) return;
+  const Unit& unit = units_[index];
+  const QueryItem& item = batch_.items[unit.item];
+  const size_t head = unit.head == kAllHeads ? 0 : unit.head, d = options_.head_dim;
+  if (item.q_bf16 != nullptr) PrefetchToRead(item.q_bf16 + head * d, HeadsOf(unit) * d);
+  if (unit.head != kAllHeads && item.codes != nullptr) {
+    PrefetchToRead(item.codes + head * options_.l, options_.l);
+  }
+}
+
 void Batch::Run(size_t index) {
   const Unit& unit = units_[index];
   Partials out = PartialsOf(unit);

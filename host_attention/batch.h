@@ -50,6 +50,8 @@ class Batch {
 
   size_t units() const { return units_.size(); }
   void Run(size_t unit);
+  // Asks memory for what `unit`, if there is one, reads of its query: others have written that.
+  void Prefetch(size_t unit) const;
   // After all units: the partials, in order.
   std::vector<PartialItem> Finish() { return std::move(partials_); }
   const std::vector<Item>& items() const { return items_; }

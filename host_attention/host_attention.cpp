@@ -372,7 +372,12 @@ void HostAttention::Impl::Start(const std::shared_ptr<Batch>& batch,
   const auto arrive = [p = pool.get(), batch, gate] {
     if (gate->waiting.fetch_sub(1) != 1) return;
     p->ForEach(
-        Pool::Lane::kForeground, batch->units(), [batch](size_t unit) { batch->Run(unit); },
+        Pool::Lane::kForeground, batch->units(),
+        [batch, ahead = p->threads()](size_t unit) {
+          batch->Prefetch(unit);
+          batch->Prefetch(unit + ahead);
+          batch->Run(unit);
+        },
         [batch, gate] {
           std::vector<PartialItem> partials = batch->Finish();
           batch->Drop();

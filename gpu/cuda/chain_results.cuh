@@ -139,7 +139,7 @@ struct Turn {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int row = piece.row + i % 2, pair = piece.feature % kTurnedHead + i / 2 * 8;
-      if (row < args.n) of[i] = __ldg(p.turns + row * (kTurnedHead / 2) + pair);
+      if (row < args.n) of[i] = __ldcg(p.turns + row * (kTurnedHead / 2) + pair);
     }
   }
   __device__ void Apply(float4 (&sum)[2]) const {
