@@ -107,8 +107,8 @@ struct QueryItem {
   uint64_t offloaded_tokens;  // tokens [0, this) are attended, those of them that live here
   bool exact;                 // short context or dense layer: u = 1 for all
   const float* q;             // [group, head_dim]
-  // [group, l]; null where exact. Read once, by the threads, before anything relies on them: others
-  // may write to them.
+  // [group, l]; null where exact. Others may write to them: the threads copy a head's before they
+  // judge and use them.
   const uint16_t* codes;
   const bf16* q_bf16 = nullptr;  // the query, where q is null
 };

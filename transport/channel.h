@@ -49,9 +49,9 @@ class IncomingPayload {
   // In one piece, aligned to 16 bytes, that nobody else writes to: a copy where it must be.
   virtual std::span<const std::byte> whole() = 0;
   operator std::span<const std::byte>() { return whole(); }
-  // Called before `pieces`, keeps them where they are until what it returns is released, from any
-  // thread, before the channel closes; its sender's `done` waits for that, and for the owner's next
-  // Progress.
+  // Called before the others, keeps the pieces where they are until what it returns is released,
+  // from any thread, before the channel closes; its sender's `done` waits for that, and for the
+  // owner's next Progress.
   virtual std::shared_ptr<const void> Keep() = 0;
 };
 

@@ -409,6 +409,7 @@ void Impl::Close(std::chrono::milliseconds timeout) {
   const Clock::time_point deadline = Clock::now() + timeout;
   for (auto& [to, frame] : posts_.TakeAll()) Start(At(to), std::move(frame));
   receiver_->Stop();
+  SendFetched();
 
   // A flush does not wait for large frames that their receivers have yet to fetch; we do.
   ProgressUntil([this] { return outgoing_.empty(); }, deadline);

@@ -37,10 +37,10 @@ class UcxReceiver::Delivered final : public IncomingPayload {
   std::shared_ptr<const void> Keep() override {
     struct Kept {
       std::shared_ptr<Returned> returned;
-      Frame frame;
+      std::list<Frame> frame{1};  // a node, so that to return it takes no memory
       ~Kept() {
         const std::lock_guard lock(returned->mutex);
-        returned->frames.push_back(std::move(frame));
+        returned->frames.splice(returned->frames.end(), frame);
         returned->any.store(true, std::memory_order_release);
       }
     };
@@ -50,9 +50,9 @@ class UcxReceiver::Delivered final : public IncomingPayload {
       ucp_am_data_release(receiver_->worker_, std::exchange(frame_->held, nullptr));
     }
     auto kept = std::make_shared<Kept>();
-    kept->frame = std::move(*frame_);
     kept->returned = receiver_->returned_;
-    frame_ = &kept->frame;
+    kept->frame.front() = std::move(*frame_);
+    frame_ = &kept->frame.front();
     return kept;
   }
 
@@ -220,7 +220,7 @@ void UcxReceiver::Recycle(Frame& frame) {
 
 UcxReceiver::Fetched UcxReceiver::TakeFetched() {
   if (returned_->any.load(std::memory_order_acquire)) {
-    std::vector<Frame> frames;
+    std::list<Frame> frames;
     {
       const std::lock_guard lock(returned_->mutex);
       frames.swap(returned_->frames);

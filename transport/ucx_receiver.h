@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstdint>
 #include <deque>
+#include <list>
 #include <memory>
 #include <mutex>
 #include <utility>
@@ -53,7 +54,7 @@ class UcxReceiver {
   // Frames that were kept beyond their delivery, on their way back; from any thread.
   struct Returned {
     std::mutex mutex;
-    std::vector<Frame> frames;
+    std::list<Frame> frames;
     std::atomic<bool> any{false};
   };
   // A frame that the sender announced, until its receive has ended.

@@ -18,7 +18,7 @@ namespace passel::gpu::cuda {
 constexpr uint32_t kMissing = 0xffffffff;
 
 // Four sums of a thread, on their way between this GPU's blocks: bf16, as L2 is what tens of rows
-// wait for. What a block has of a tile is so rounded once, to 2^-9 of itself at most.
+// wait for. What a block has of a tile is so rounded once, to 2^-8 of itself at most.
 struct OwnSums {
   using Four = uint2;
   static constexpr int kAtOnce = 8;

@@ -261,6 +261,7 @@ bool CudaDevice::PutOffRope(const Tensor& x, int32_t head_dim, const void* table
 void CudaDevice::Product(const void* w, int64_t out_features, Tensor x, Tensor out,
                          bool accumulate) {
   const float one = 1, beta = accumulate ? 1 : 0;
+  IssueTo();
   CheckCublas(cublasGemmEx(cublas_, CUBLAS_OP_T, CUBLAS_OP_N, static_cast<int>(out_features),
                            static_cast<int>(x.rows), static_cast<int>(x.cols), &one, w, CUDA_R_16BF,
                            static_cast<int>(x.cols), x.data, CUDA_R_16BF,
@@ -284,6 +285,8 @@ void CudaDevice::NormMatMul(Tensor x, Tensor norm, float eps, const Linear& w, T
     return Device::NormMatMul(x, norm, eps, w, out, normed);
   }
   PutOff(w, product);
+  // Logits; who asks for them may do other things first.
+  if (!CanTurn(product)) IssueTo();
 }
 
 void CudaDevice::NormMatMulSilu(Tensor x, Tensor norm, float eps, const Linear& w, Tensor out,

@@ -189,19 +189,15 @@ std::shared_ptr<float> HostRank::ReplyMemory::Take(size_t floats) {
 }
 
 void HostRank::OnQuery(const transport::FrameHeader& header, transport::IncomingPayload& payload) {
-  const std::shared_ptr<Query> query = queries_.Take();
+  const auto query = std::make_shared<Query>();
   query->header = header;
   query->memory = payload.Keep();
   std::string why;
   auto views = cluster::ParseQuery(shape_, header.count, payload.pieces(), &why);
-  if (!views) {
-    query->memory.reset();
-    return Drop(header, why);
-  }
+  if (!views) return Drop(header, why);
   query->views = std::move(*views);
   if (Start(query)) return;
   if (waiting_bytes_ + query->bytes() > kMaxWaitingBytes) {
-    query->memory.reset();
     return Drop(header, "too many queries wait for tokens");
   }
   MoveToOwnMemory(*query);
@@ -288,14 +284,12 @@ bool HostRank::Start(const std::shared_ptr<Query>& query) {
         });
   } catch (...) {  // no memory
     --in_flight_;
-    query->memory.reset();
     throw;
   }
   if (status == host::Status::kOk) return true;
   --in_flight_;
   // Its request may be opened, or its tokens come, later.
   if (status != host::Status::kBadArgument) return false;
-  query->memory.reset();
   Drop(query->header,
        "query not answered (status " + std::to_string(static_cast<int>(status)) + ")");
   return true;

@@ -14,7 +14,6 @@
 
 #include "cluster/control.pb.h"
 #include "host_attention/host_attention.h"
-#include "runtime/base/recycler.h"
 #include "runtime/engine/job.h"
 #include "transport/channel.h"
 #include "transport/payload_pool.h"
@@ -38,7 +37,6 @@ class HostRank {
     std::shared_ptr<const void> memory;        // where these lie; until the answer is computed
     std::vector<cluster::PartialEntry> asked;  // the answers' entries, by item of the batch
 
-    // Memory that was used before may be larger than what is in it.
     uint64_t bytes() const {
       uint64_t bytes = sizeof(Query) + views.capacity() * sizeof(cluster::QueryView) +
                        asked.capacity() * sizeof(cluster::PartialEntry);
@@ -92,8 +90,6 @@ class HostRank {
   cluster::WireShape shape_;
   transport::PayloadPool payloads_;  // of replies' entries
   ReplyMemory replies_;
-  // 32 MiB at most.
-  Recycler<Query> queries_{16, uint64_t{2} << 20, [](const Query& q) { return q.bytes(); }};
   host::HostAttention attention_;
   std::deque<std::shared_ptr<Query>> waiting_;
   uint64_t waiting_bytes_ = 0;

@@ -70,7 +70,7 @@ TEST(CudaMatMul, EveryNumberOfRowsEqualsFloat64) {
             size += std::abs(product);
             squares += product * product;
           }
-          // A chain's blocks round what they hand each other to bf16, 2^-9 of a part's size at
+          // A chain's blocks round what they hand each other to bf16, 2^-8 of a part's size at
           // most.
           const double rounded =
               n > 8 && n <= 64 ? (std::sqrt(squares) + std::abs(exact)) / 128 : 0;
