@@ -10,7 +10,6 @@
 #include <cstring>
 #include <exception>
 #include <thread>
-#include <unordered_map>
 #include <utility>
 
 #include "runtime/base/error.h"
@@ -18,6 +17,7 @@
 #include "transport/post_queue.h"
 #include "transport/ucx_handles.h"
 #include "transport/ucx_receiver.h"
+#include "transport/ucx_sender.h"
 #include "transport/ucx_sharing.h"
 #include "transport/wake_event.h"
 
@@ -40,8 +40,8 @@ class Impl final : public UcxChannel {
         worker_(MakeUcxWorker(context_.get())),
         sharing_(std::make_unique<UcxSharing>(context_, worker_.get(), &gate_)),
         receiver_(std::make_unique<UcxReceiver>(worker_.get(), &gate_, sharing_.get(),
-                                                options.max_receive_bytes)) {
-    SetUcxHandler(worker_.get(), kFetched, &Impl::OnFetched, this);
+                                                options.max_receive_bytes)),
+        sender_(std::make_unique<UcxSender>(worker_.get(), &gate_, sharing_.get())) {
     CheckUcx(ucp_worker_get_efd(worker_.get(), &worker_fd_), "ucp_worker_get_efd");
   }
 
@@ -82,48 +82,22 @@ class Impl final : public UcxChannel {
   void Close(std::chrono::milliseconds timeout) override;
 
  private:
-  struct Peer {
-    RankId rank;
-    Impl* owner = nullptr;
-    ucp_ep_h endpoint = nullptr;
-    PeerState state = PeerState::kConnected;
-    ucs_status_t failure = UCS_OK;  // that UCX reported and we have not acted upon
-    std::atomic<uint64_t> pending{0};
-  };
-  // A frame under way. UCX needs the header's and the payload's memory until it completes.
-  struct Outgoing {
-    FrameHeader header;
-    std::function<void()> done;
-    Peer* peer = nullptr;
-    std::vector<ucp_dt_iov_t> pieces;  // where there are several
-    std::vector<std::byte> referral;   // where the peer fetches some of them
-    bool sent = false;
-  };
-
-  static void OnSent(void* request, ucs_status_t status, void* user_data);
-  static ucs_status_t OnFetched(void* arg, const void* header, size_t header_bytes, void* data,
-                                size_t bytes, const ucp_am_recv_param_t* param);
   static void OnPeerError(void* arg, ucp_ep_h endpoint, ucs_status_t status);
 
-  Peer& At(RankId rank) const {
+  UcxPeer& At(RankId rank) const {
     const auto at = peers_.find(rank);
     Check(at != peers_.end(), "no connection to rank " + std::to_string(rank.value));
     return *at->second;
   }
-  static uint64_t WireBytes(uint64_t payload_bytes) { return kFrameHeaderBytes + payload_bytes; }
-  void Start(Peer& peer, OutgoingFrame frame);
-  void Sent(Outgoing* out, ucs_status_t status);
-  void Finish(Outgoing* out, ucs_status_t status);
   bool SendFetched();
-  void Drop(Peer& peer);
-  void CloseEndpoint(Peer& peer, uint32_t flags);
+  void Drop(UcxPeer& peer);
+  void CloseEndpoint(UcxPeer& peer, uint32_t flags);
   bool ProgressWorker();
   static bool FreeEnded(std::vector<void*>& requests);
   void ProgressUntil(const std::function<bool()>& ended, Clock::time_point deadline);
-  bool RunDone();
   bool ReportLost();
   bool has_work() const {
-    return any_failure_ || !done_.empty() || !posts_.empty() || receiver_->has_frames();
+    return any_failure_ || sender_->any_done() || !posts_.empty() || receiver_->has_frames();
   }
 
   RankId self_;
@@ -137,12 +111,10 @@ class Impl final : public UcxChannel {
   UcxWorker worker_;
   std::unique_ptr<UcxSharing> sharing_;
   std::unique_ptr<UcxReceiver> receiver_;
+  std::unique_ptr<UcxSender> sender_;
   int worker_fd_ = -1;
-  std::map<RankId, std::unique_ptr<Peer>> peers_;  // fixed once connected
-  std::unordered_map<Outgoing*, std::unique_ptr<Outgoing>> outgoing_;
-  std::unordered_map<uint64_t, Outgoing*> referrals_;  // of those, by sequence, until fetched
-  std::vector<std::function<void()>> done_;            // of sends that ended
-  std::vector<void*> closings_;                        // requests of endpoints that are closing
+  std::map<RankId, std::unique_ptr<UcxPeer>> peers_;  // fixed once connected
+  std::vector<void*> closings_;                       // requests of endpoints that are closing
   bool any_failure_ = false;
   bool closed_ = false;
 };
@@ -152,9 +124,9 @@ void Impl::Connect(const std::map<RankId, std::vector<std::byte>>& addresses, ui
   gate_.set_nonce(nonce);
   for (const auto& [rank, address] : addresses) {
     if (rank == self_) continue;
-    auto peer = std::make_unique<Peer>();
+    auto peer = std::make_unique<UcxPeer>();
     peer->rank = rank;
-    peer->owner = this;
+    peer->any_failure = &any_failure_;
     ucp_ep_params_t params{};
     params.field_mask = UCP_EP_PARAM_FIELD_REMOTE_ADDRESS | UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE |
                         UCP_EP_PARAM_FIELD_ERR_HANDLER;
@@ -171,112 +143,30 @@ void Impl::Connect(const std::map<RankId, std::vector<std::byte>>& addresses, ui
 
 void Impl::Send(RankId to, OutgoingFrame frame) {
   CheckOutgoing(frame);
-  Peer& peer = At(to);
-  peer.pending += WireBytes(frame.payload_bytes());
-  Start(peer, std::move(frame));
+  UcxPeer& peer = At(to);
+  peer.pending += kFrameHeaderBytes + frame.payload_bytes();
+  sender_->Start(peer, std::move(frame));
 }
 
 void Impl::Post(RankId to, OutgoingFrame frame) {
   CheckOutgoing(frame);
-  At(to).pending += WireBytes(frame.payload_bytes());
+  At(to).pending += kFrameHeaderBytes + frame.payload_bytes();
   posts_.Push(to, std::move(frame));
   wake_.Set();
 }
 
-void Impl::Start(Peer& peer, OutgoingFrame frame) {
-  auto owned = std::make_unique<Outgoing>();
-  Outgoing* out = owned.get();
-  outgoing_.emplace(out, std::move(owned));
-  out->header = frame.header;
-  out->done = std::move(frame.done);
-  out->peer = &peer;
-  gate_.Stamp(out->header, frame.payload_bytes());
-  if (peer.state == PeerState::kLost || peer.failure != UCS_OK || closed_) {
-    return Finish(out, UCS_ERR_CANCELED);
-  }
-  ucp_request_param_t param{};
-  param.op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA;
-  param.cb.send = &Impl::OnSent;
-  param.user_data = out;
-  const void* payload = frame.payload.data();
-  size_t count = frame.payload.size();
-  UcxMessage message = kWholeFrame;
-  out->referral = sharing_->Refer(peer.rank, frame);
-  if (!out->referral.empty()) {
-    message = kReferral;
-    payload = out->referral.data();
-    count = out->referral.size();
-    param.op_attr_mask |= UCP_OP_ATTR_FIELD_FLAGS;
-    param.flags = UCP_AM_SEND_FLAG_EAGER;  // whatever the user says of rendezvous
-    referrals_.emplace(out->header.sequence, out);
-  } else if (!frame.pieces.empty()) {
-    const auto add = [out](std::span<const std::byte> piece) {
-      // UCX does not write to what it sends.
-      out->pieces.push_back({const_cast<std::byte*>(piece.data()), piece.size()});
-    };
-    add(frame.payload);
-    for (const auto& piece : frame.pieces) add(piece);
-    param.op_attr_mask |= UCP_OP_ATTR_FIELD_DATATYPE;
-    param.datatype = ucp_dt_make_iov();
-    payload = out->pieces.data();
-    count = out->pieces.size();
-  }
-  const ucs_status_ptr_t request = ucp_am_send_nbx(peer.endpoint, message, &out->header,
-                                                   kFrameHeaderBytes, payload, count, &param);
-  if (!UCS_PTR_IS_PTR(request)) Sent(out, UCS_PTR_STATUS(request));
-}
-
-void Impl::OnSent(void* request, ucs_status_t status, void* user_data) {
-  ucp_request_free(request);
-  auto* out = static_cast<Outgoing*>(user_data);
-  out->peer->owner->Sent(out, status);
-}
-
-// UCX is through with it; a peer that was referred to its pieces may not be.
-void Impl::Sent(Outgoing* out, ucs_status_t status) {
-  out->sent = true;
-  const bool awaited = status == UCS_OK && out->peer->state == PeerState::kConnected && !closed_ &&
-                       referrals_.contains(out->header.sequence);
-  if (!awaited) Finish(out, status);
-}
-
-ucs_status_t Impl::OnFetched(void* arg, const void* header, size_t header_bytes, void*, size_t,
-                             const ucp_am_recv_param_t*) {
-  auto* self = static_cast<Impl*>(arg);
-  const auto notice = ReadNotice(self->gate_, header, header_bytes);
-  const auto at = notice ? self->referrals_.find(notice->number) : self->referrals_.end();
-  if (at == self->referrals_.end() || at->second->peer->rank != RankId(notice->source)) {
-    self->gate_.CountMalformed();
-    return UCS_OK;
-  }
-  Outgoing* out = at->second;
-  self->referrals_.erase(at);
-  self->gate_.CountReferred();
-  if (out->sent) self->Finish(out, UCS_OK);
-  return UCS_OK;
-}
-
-void Impl::Finish(Outgoing* out, ucs_status_t status) {
-  referrals_.erase(out->header.sequence);
-  const auto at = outgoing_.find(out);
-  if (status == UCS_OK) gate_.CountSent(out->header.payload_bytes);
-  out->peer->pending -= WireBytes(out->header.payload_bytes);
-  if (out->done) done_.push_back(std::move(out->done));
-  outgoing_.erase(at);
-}
-
 void Impl::OnPeerError(void* arg, ucp_ep_h, ucs_status_t status) {
-  auto* peer = static_cast<Peer*>(arg);
+  auto* peer = static_cast<UcxPeer*>(arg);
   if (peer->state == PeerState::kLost || peer->failure != UCS_OK) return;
   peer->failure = status;
-  peer->owner->any_failure_ = true;
+  *peer->any_failure = true;
 }
 
 bool Impl::Progress() {
   Check(!closed_, "Progress after Close");
   bool any = wake_.Clear();
   for (auto& [to, frame] : posts_.TakeAll()) {
-    Start(At(to), std::move(frame));
+    sender_->Start(At(to), std::move(frame));
     any = true;
   }
   any |= ProgressWorker();
@@ -285,7 +175,7 @@ bool Impl::Progress() {
   any |= receiver_->Deliver(on_frame_);
   any |= SendFetched();
   any |= FreeEnded(closings_);
-  any |= RunDone();
+  any |= sender_->RunDone();
   any |= ReportLost();
   return any;
 }
@@ -315,13 +205,6 @@ bool Impl::ProgressWorker() {
   return n > 0;
 }
 
-bool Impl::RunDone() {
-  if (done_.empty()) return false;
-  // They may send, and so add to done_.
-  for (const auto& done : std::exchange(done_, {})) done();
-  return true;
-}
-
 bool Impl::ReportLost() {
   if (!any_failure_) return false;
   any_failure_ = false;
@@ -334,24 +217,20 @@ bool Impl::ReportLost() {
   return true;
 }
 
-void Impl::Drop(Peer& peer) {
+void Impl::Drop(UcxPeer& peer) {
   peer.state = PeerState::kLost;
   peer.failure = UCS_OK;
   gate_.RemovePeer(peer.rank);
-  std::vector<Outgoing*> never_fetched;
-  for (const auto& [sequence, out] : referrals_) {
-    if (out->peer == &peer && out->sent) never_fetched.push_back(out);
-  }
-  for (Outgoing* out : never_fetched) Finish(out, UCS_ERR_CANCELED);
+  sender_->CancelReferrals(peer);
   if (peer.endpoint != nullptr) CloseEndpoint(peer, UCP_EP_CLOSE_FLAG_FORCE);
 }
 
 void Impl::ClosePeer(RankId rank) {
-  Peer& peer = At(rank);
+  UcxPeer& peer = At(rank);
   if (peer.state != PeerState::kLost) Drop(peer);
 }
 
-void Impl::CloseEndpoint(Peer& peer, uint32_t flags) {
+void Impl::CloseEndpoint(UcxPeer& peer, uint32_t flags) {
   ucp_request_param_t param{};
   param.op_attr_mask = UCP_OP_ATTR_FIELD_FLAGS;
   param.flags = flags;
@@ -400,19 +279,19 @@ void Impl::Wait(std::chrono::milliseconds timeout) {
 }
 
 std::string Impl::Describe(RankId rank) const {
-  const Peer& peer = At(rank);
+  const UcxPeer& peer = At(rank);
   return peer.endpoint == nullptr ? "closed" : DescribeUcxEndpoint(peer.endpoint);
 }
 
 void Impl::Close(std::chrono::milliseconds timeout) {
   if (closed_) return;
   const Clock::time_point deadline = Clock::now() + timeout;
-  for (auto& [to, frame] : posts_.TakeAll()) Start(At(to), std::move(frame));
+  for (auto& [to, frame] : posts_.TakeAll()) sender_->Start(At(to), std::move(frame));
   receiver_->Stop();
   SendFetched();
 
   // A flush does not wait for large frames that their receivers have yet to fetch; we do.
-  ProgressUntil([this] { return outgoing_.empty(); }, deadline);
+  ProgressUntil([this] { return sender_->empty(); }, deadline);
   std::vector<void*> flushes;
   for (auto& [rank, peer] : peers_) {
     if (peer->endpoint == nullptr || peer->failure != UCS_OK) continue;
@@ -429,17 +308,18 @@ void Impl::Close(std::chrono::milliseconds timeout) {
   // A forced close ends what is still under way, flushes too; it takes well under a millisecond.
   const auto ended = [&] {
     FreeEnded(closings_);
-    return flushed() && closings_.empty() && outgoing_.empty();
+    return flushed() && closings_.empty() && sender_->empty();
   };
   ProgressUntil(ended, Clock::now() + kForcedClose);
 
   closed_ = true;
+  sender_->Stop();
   sharing_->Close();
   worker_.reset();
   // UCX is gone; whatever it did not complete ends here.
   receiver_.reset();
-  while (!outgoing_.empty()) Finish(outgoing_.begin()->first, UCS_ERR_CANCELED);
-  while (RunDone()) {
+  sender_->CancelAll();
+  while (sender_->RunDone()) {
   }
   sharing_.reset();
   context_.reset();
