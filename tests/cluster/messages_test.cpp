@@ -290,7 +290,7 @@ TEST(Messages, CodesWithBitsAboveKAreRefused) {
 
 template <typename T>
 bool Same(std::span<const T> a, std::span<const T> b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size_bytes()) == 0;
+  return std::ranges::equal(std::as_bytes(a), std::as_bytes(b));
 }
 bool SameData(const QueryView& a, const QueryView& b) {
   return Same(a.q, b.q) && Same(a.codes, b.codes);
