@@ -140,13 +140,6 @@ std::span<T> Take(std::byte* base, uint64_t& offset, uint64_t bytes) {
   return out;
 }
 
-// True where no code has a bit at or above `k`: host ranks index their tables with codes.
-bool CodesInRange(std::span<const uint16_t> codes, uint32_t k) {
-  uint32_t all = 0;
-  for (const uint16_t c : codes) all |= c;
-  return k >= 16 || (all >> k) == 0;
-}
-
 // Where entry `i`'s data ends if it starts at `offset`; nullopt where 64 bits do not hold it.
 std::optional<uint64_t> EndOf(const Parts& parts, uint64_t offset) {
   std::optional<uint64_t> end = offset;
@@ -156,9 +149,10 @@ std::optional<uint64_t> EndOf(const Parts& parts, uint64_t offset) {
   return end;
 }
 
-// Checks everything but codes and calls visit(entry, parts, reader) for each entry, which takes the
-// arrays of its data and returns what is wrong with them, or null. Nothing is visited past the
-// payload's end; what was visited counts only when the whole payload fits, which the result says.
+// Checks everything but the arrays and calls visit(entry, parts, reader) for each entry, which
+// takes the arrays of its data and returns what is wrong with them, or null. Nothing is visited
+// past the payload's end; what was visited counts only when the whole payload fits, which the
+// result says.
 template <typename Entry, typename Visit>
 bool Walk(const WireShape& shape, uint32_t count, PayloadPieces payload, std::string* why,
           Visit visit) {
@@ -280,15 +274,14 @@ std::optional<std::vector<PartialView>> ParsePartial(const WireShape& shape, uin
 }
 
 std::optional<std::vector<KvView>> ParseKv(const WireShape& shape, uint32_t count,
-                                           std::span<const std::byte> payload, std::string* why) {
+                                           PayloadPieces payload, std::string* why) {
   std::vector<KvView> views;
   views.reserve(std::min(count, shape.max_entries));
   const auto visit = [&](const KvEntry& e, const Parts& p, Reader& reader) {
     KvView& v = views.emplace_back(KvView{e, {}, {}});
-    if (!reader.Take(p[0], &v.rows) || !reader.Take(p[1], &v.codes)) return kInPieces;
-    return CodesInRange(v.codes, shape.k) ? nullptr : "code out of range";
+    return reader.Take(p[0], &v.rows) && reader.Take(p[1], &v.codes) ? nullptr : kInPieces;
   };
-  if (!Walk<KvEntry>(shape, count, {&payload, 1}, why, visit)) return std::nullopt;
+  if (!Walk<KvEntry>(shape, count, payload, why, visit)) return std::nullopt;
   return views;
 }
 
@@ -327,13 +320,14 @@ std::vector<std::byte> BuildPartial(const WireShape& shape, std::span<const Part
 }
 
 std::vector<std::byte> BuildKv(const WireShape& shape, std::span<const KvEntry> entries,
-                               std::vector<KvSpace>* spaces) {
-  if (spaces != nullptr) spaces->clear();
-  return BuildWhole(shape, entries, [&](std::byte* base, const Parts& p, uint64_t at) {
-    if (spaces == nullptr) return;
-    const auto rows = Take<bf16>(base, at, p[0]);
-    spaces->push_back({rows, Take<uint16_t>(base, at, p[1])});
-  });
+                               std::span<const KvSource> sources, Pieces* pieces,
+                               std::vector<std::byte> used) {
+  Check(sources.size() == entries.size(), "K, V with other sources than entries");
+  return BuildPieces(shape, entries, pieces, std::move(used),
+                     [&](size_t i, const Parts& parts, auto add) {
+                       add(sources[i].rows, parts[0]);
+                       add(sources[i].codes, parts[1]);
+                     });
 }
 
 std::vector<std::byte> BuildKeyMean(const WireShape& shape, std::span<const KeyMeanEntry> entries,

@@ -26,7 +26,6 @@ struct WireShape {
   uint32_t l = 0;           // codes of a vector
   uint64_t max_tokens = 0;  // of one request (context limit)
   uint32_t max_entries = 65536;
-  uint32_t k = 16;  // bits of a code; codes with higher bits set are refused
 };
 
 // kQuery. Data of an entry: q: [kv_heads·group, head_dim] bf16, as K and V are, then, unless exact,
@@ -90,7 +89,7 @@ struct PartialView {
 struct KvView {
   KvEntry entry;
   std::span<const bf16> rows;
-  std::span<const uint16_t> codes;  // empty where not has_codes
+  std::span<const uint16_t> codes;  // empty where not has_codes; may be out of range
 };
 struct KeyMeanView {
   KeyMeanEntry entry;
@@ -99,23 +98,23 @@ struct KeyMeanView {
 
 // A payload in one piece must be aligned to 16 bytes. The views' arrays are those of the payload,
 // which may lie in pieces one behind the other, an array in one of them; what the sender writes to
-// them later changes what is read, but nothing that was checked: codes of queries are not. `why`
-// may be null. A count of zero with an empty payload is valid.
+// them later changes what is read, but nothing that was checked: codes are not. `why` may be null.
+// A count of zero with an empty payload is valid.
 using PayloadPieces = std::span<const std::span<const std::byte>>;
 std::optional<std::vector<QueryView>> ParseQuery(const WireShape& shape, uint32_t count,
                                                  PayloadPieces payload, std::string* why);
 std::optional<std::vector<PartialView>> ParsePartial(const WireShape& shape, uint32_t count,
                                                      PayloadPieces payload, std::string* why);
 std::optional<std::vector<KvView>> ParseKv(const WireShape& shape, uint32_t count,
-                                           std::span<const std::byte> payload, std::string* why);
+                                           PayloadPieces payload, std::string* why);
 std::optional<std::vector<KeyMeanView>> ParseKeyMean(const WireShape& shape, uint32_t count,
                                                      std::span<const std::byte> payload,
                                                      std::string* why);
 
-// What travels every layer is sent from where it lies: the entries, which come back, and behind
-// them `pieces`, whose memory is the sources' (one an entry). Entries that the peer's parser would
-// refuse are a bug and throw, as is a payload above kMaxPayloadBytes. `used`: memory that may be
-// used again, a former payload or none.
+// What is large or travels every layer is sent from where it lies: the entries, which come back,
+// and behind them `pieces`, whose memory is the sources' (one an entry). Entries that the peer's
+// parser would refuse are a bug and throw, as is a payload above kMaxPayloadBytes. `used`: memory
+// that may be used again, a former payload or none.
 using Pieces = std::vector<std::span<const std::byte>>;
 struct QuerySource {
   const bf16* q;
@@ -129,14 +128,16 @@ std::vector<std::byte> BuildPartial(const WireShape& shape, std::span<const Part
                                     std::span<const void* const> sources, Pieces* pieces,
                                     std::vector<std::byte> used = {});
 
-// Payloads with their entries written and their data spaces ready to be filled through the
-// (mutable) spans that come back, in entry order; otherwise as above. `spaces` may be null.
-struct KvSpace {
-  std::span<bf16> rows;
-  std::span<uint16_t> codes;
+struct KvSource {
+  const bf16* rows;
+  const uint16_t* codes;  // not read where not has_codes
 };
 std::vector<std::byte> BuildKv(const WireShape& shape, std::span<const KvEntry> entries,
-                               std::vector<KvSpace>* spaces);
+                               std::span<const KvSource> sources, Pieces* pieces,
+                               std::vector<std::byte> used = {});
+
+// A payload with its entries written and its data spaces ready to be filled through the (mutable)
+// spans that come back, in entry order; otherwise as above. `spaces` may be null.
 std::vector<std::byte> BuildKeyMean(const WireShape& shape, std::span<const KeyMeanEntry> entries,
                                     std::vector<std::span<float>>* spaces);
 

@@ -32,6 +32,19 @@ Tensor Tensor::Cols(int64_t begin, int64_t count) const {
   return t;
 }
 
+void CheckPackKv(const Tensor& k, const Tensor& v, const Tensor& out) {
+  const bool bf16s = k.type == DType::kBf16 && v.type == DType::kBf16 && out.type == DType::kBf16;
+  const int64_t dim = out.cols / 2;
+  Check(bf16s && v.rows == k.rows && v.cols == k.cols && dim > 0 && out.cols == 2 * dim &&
+            k.cols % dim == 0 && out.rows == k.rows * (k.cols / dim),
+        "PackKv: shapes disagree");
+}
+
+bool FitCodes(const Tensor& codes, int64_t n, int64_t heads, int64_t l) {
+  return (codes.rows == n && codes.cols == heads * l) ||
+         (codes.rows == n * heads && codes.cols == l);
+}
+
 void Device::MatMulSumAdd(const Linear& w, Tensor x, Tensor into, Tensor scratch,
                           Collectives& ranks) {
   if (ranks.size() == 1) return MatMulAdd(w, x, into, scratch);

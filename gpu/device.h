@@ -189,6 +189,9 @@ class Device {
   // Reads slots back as bf16: k, v: [n, kv_heads·head_dim].
   virtual void LoadKv(std::span<const int32_t> pages, std::span<const int64_t> slots, Tensor k,
                       Tensor v) = 0;
+  // As K and V leave for host ranks, by head: out: [kv_heads·n, 2·head_dim] bf16, whose row h·n + i
+  // has head h of row i of k, then of v: [n, kv_heads·head_dim] bf16. out may be staging memory.
+  virtual void PackKv(Tensor k, Tensor v, Tensor out) = 0;
   // Exact attention of one query row per sequence over its view. q: [n, heads·head_dim] f32.
   virtual void DecodeAttention(Tensor q, std::span<const KvView> views, Partials out) = 0;
   // Causal attention of a prefill chunk: query row i stands at position start + i and sees keys
@@ -201,8 +204,9 @@ class Device {
   // Sets R: [head_dim, k·l] f32 row-major in host memory.
   virtual void SetProjections(std::span<const float> r, int32_t head_dim, int32_t k, int32_t l) = 0;
   // SimHash codes: x: [n, heads·head_dim] f32 or bf16, minus mean: [1 or n, heads·head_dim] f32
-  // (where mean.data is set; one row for all or one for each); codes: [n, heads·l] u16, bit b of
-  // table t = (x·R[:, t·k + b] > 0).
+  // (where mean.data is set; one row for all or one for each); codes: [n, heads·l] u16, or by head:
+  // [heads·n, l], whose row h·n + i is of head h of row i. Bit b of table t = (x·R[:, t·k + b] >
+  // 0).
   virtual void HashCodes(Tensor x, Tensor mean, Tensor codes) = 0;
   // mean: [1, cols] f32 of the rows of x (f32 or bf16), summed in float64 on CPUs.
   virtual void ColumnMean(Tensor x, Tensor mean) = 0;
@@ -224,6 +228,11 @@ class Device {
   // device. Throws Error{kCluster} where the ranks' devices cannot be joined.
   virtual std::unique_ptr<Collectives> MakeCollectives(std::unique_ptr<Collectives> host) = 0;
 };
+
+// What every backend checks: the arguments of PackKv (throws), and whether `codes` fit HashCodes of
+// n rows of so many heads.
+void CheckPackKv(const Tensor& k, const Tensor& v, const Tensor& out);
+bool FitCodes(const Tensor& codes, int64_t n, int64_t heads, int64_t l);
 
 struct DeviceOptions {
   uint64_t memory_limit_bytes = 0;  // 0: what the device has

@@ -222,7 +222,7 @@ void Batch::RunLsh(size_t index, const SegmentView& view, const Partials& out) {
   Scratch& scratch = Scratch::Local();
   const uint64_t start = batch_.times != nullptr ? Nanoseconds() : 0;
   const uint16_t* codes = CodesOf(unit);
-  if (codes == nullptr) {
+  if (codes == nullptr || view.segment->damaged()) {
     sampled_[index] = kRefused;
     return;
   }

@@ -265,7 +265,7 @@ Status HostAttention::SetMean(const KeyMean& mean) {
   return Status::kOk;
 }
 
-Status HostAttention::Append(const AppendSpan& span) {
+Status HostAttention::Append(const AppendSpan& span, std::shared_ptr<const void> memory) {
   Status status;
   const Head* head = impl_->Find(span.request, span.layer, span.kv_head, &status);
   if (head == nullptr) return status;
@@ -276,7 +276,7 @@ Status HostAttention::Append(const AppendSpan& span) {
     if (span.first_token < spec.first_token) continue;
     const uint64_t local = span.first_token - spec.first_token;
     if (local >= spec.capacity) continue;
-    return segment->Append(local, span.count, span.rows, span.codes);
+    return segment->Append(local, span.count, span.rows, span.codes, std::move(memory));
   }
   return Status::kNotHere;
 }
@@ -361,8 +361,8 @@ Status HostAttention::Attend(AttendBatch batch,
 
 void HostAttention::Impl::Start(const std::shared_ptr<Batch>& batch,
                                 std::function<void(std::vector<PartialItem>)> done) {
-  // One count for this thread and one for every segment that is still being sealed; whoever brings
-  // it to 0 starts the units.
+  // One count for this thread and one for every segment that is still being filled or sealed;
+  // whoever brings it to 0 starts the units.
   struct Gate {
     std::atomic<size_t> waiting{1};
     std::function<void(std::vector<PartialItem>)> done;
@@ -386,9 +386,9 @@ void HostAttention::Impl::Start(const std::shared_ptr<Batch>& batch,
   };
   for (const Batch::Item& item : batch->items()) {
     for (const SegmentView& view : item.views) {
-      if (view.sampled == 0 || !view.segment->sealing()) continue;
+      if (!view.segment->settling()) continue;
       gate->waiting.fetch_add(1);
-      if (!view.segment->WhenSealed(arrive)) gate->waiting.fetch_sub(1);
+      if (!view.segment->WhenSettled(arrive)) gate->waiting.fetch_sub(1);
     }
   }
   arrive();

@@ -125,7 +125,7 @@ enum class Status : uint8_t {
 struct PartialItem {
   uint32_t item;  // index of the QueryItem
   int32_t segment;
-  Status status = Status::kOk;    // kBadArgument: a code was out of range, and values say nothing
+  Status status = Status::kOk;    // kBadArgument: a code was out of range; values say nothing
   std::vector<uint64_t> sampled;  // [group] tokens that contributed
   std::span<float> values;        // max, den and num, one behind the other
   std::shared_ptr<float> memory;  // that holds them, with those of the batch's other partials
@@ -163,7 +163,7 @@ struct MemoryUsage {
 };
 
 // The KV cache, LSH tables and attention of one host rank. Open, Share, SetMean, Append, Release
-// and Attend are called by one thread; the work of Attend and of sealing and merging runs on
+// and Attend are called by one thread; the work of Attend, copying, sealing and merging runs on
 // `threads` threads of its own. Hot calls return a status and never throw.
 class HostAttention {
  public:
@@ -179,11 +179,14 @@ class HostAttention {
   Status Share(const ShareSpec& spec);
   // Before queries that need it; without, keys count as hashed uncentred (mean 0).
   Status SetMean(const KeyMean& mean);
-  // Appended in order: a gap gives kMissingTokens. The rows and codes are copied. All spans of a
-  // segment have codes or none has; a segment without is only attended exactly.
-  Status Append(const AppendSpan& span);
+  // Appended in order: a gap gives kMissingTokens. The rows and codes are copied before this
+  // returns or, where `memory` is given, by the threads, which then let go of it: others may write
+  // to what it holds, and codes that are out of range when they are copied make queries of the
+  // segment fail (PartialItem::status). All spans of a segment have codes or none has; a segment
+  // without is only attended exactly.
+  Status Append(const AppendSpan& span, std::shared_ptr<const void> memory = nullptr);
   // Whether a query for this many tokens can be answered now (all rows of this host's segments
-  // below it are there; sealing, where due, is waited for inside Attend).
+  // below it are there; copying and sealing, where due, are waited for inside Attend).
   bool Ready(RequestId request, uint32_t layer, uint32_t kv_head, uint64_t offloaded_tokens) const;
   // Starts; `done` runs on one of those threads, or in Help. The batch's q and codes are valid
   // until then. Where the status is not kOk, nothing is started: kMissingTokens until the tokens

@@ -28,8 +28,8 @@ class BriefMutex {
 };
 
 // The worker threads of one host rank, with two queues. Foreground jobs (queries) go before
-// background ones (sealing, merging), which are cut into short slices, so that a query waits for
-// one slice a thread at most. (A TBB arena has no such order between its tasks.)
+// background ones (copying, sealing, merging), which are cut into short slices, so that a query
+// waits for one slice a thread at most. (A TBB arena has no such order between its tasks.)
 class Pool {
  public:
   // threads: 0 means the affinity mask's; pin: one core each (hwloc); spin: for which a thread

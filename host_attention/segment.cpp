@@ -17,6 +17,14 @@ namespace {
 constexpr uint64_t kHugePage = uint64_t{2} << 20;
 // Tables built by one background slice: about a millisecond at the default block size.
 constexpr uint32_t kTablesPerSlice = 8;
+// Tokens that one copies: some hundred KB.
+constexpr uint32_t kTokensPerCopy = 256;
+
+bool OutOfRange(const uint16_t* codes, size_t count, uint32_t k) {
+  uint32_t all = 0;
+  for (size_t i = 0; i < count; ++i) all |= codes[i];
+  return all >> k != 0;
+}
 
 uint16_t* SortScratch() {
   static thread_local std::unique_ptr<uint16_t[]> scratch =
@@ -89,7 +97,8 @@ Segment::~Segment() {
   }
 }
 
-Status Segment::Append(uint64_t first, uint32_t count, const bf16* rows, const uint16_t* codes) {
+Status Segment::Append(uint64_t first, uint32_t count, const bf16* rows, const uint16_t* codes,
+                       std::shared_ptr<const void> memory) {
   const size_t l = options_.l;
   const bool hashed = options_.estimator == Estimator::kLsh && codes != nullptr;
   if (first > present_) return Status::kMissingTokens;
@@ -98,25 +107,103 @@ Status Segment::Append(uint64_t first, uint32_t count, const bf16* rows, const u
   if (codes_ != Codes::kUnknown && (codes_ == Codes::kPresent) != hashed) {
     return Status::kBadArgument;
   }
-  const auto skip = static_cast<size_t>(present_ - first);
+  const uint64_t at = present_;
+  const auto fresh = static_cast<uint32_t>(first + count - at);
+  rows += (count - fresh) * size_t{2} * options_.head_dim;
+  // Codes of a generated segment go to blocks that this thread makes.
+  const bool by_pool =
+      memory != nullptr && fresh > kTokensPerCopy && (prompt_ != nullptr || !hashed);
+  std::vector<uint16_t> own;
   if (hashed) {
-    uint32_t all = 0;
-    for (size_t i = skip * l; i < count * l; ++i) all |= codes[i];
-    if (all >> options_.k != 0) return Status::kBadArgument;
+    codes += (count - fresh) * l;
+    if (!by_pool) {
+      if (memory != nullptr) {
+        own.assign(codes, codes + fresh * l);
+        codes = own.data();
+      }
+      if (OutOfRange(codes, fresh * l, options_.k)) return Status::kBadArgument;
+    }
   }
   if (codes_ == Codes::kUnknown && hashed && prompt_ != nullptr) {
     usage_->AddTables(static_cast<int64_t>(TableBytes(prompt_->tokens(), options_.k, options_.l)));
   }
   codes_ = hashed ? Codes::kPresent : Codes::kAbsent;
-  for (size_t i = skip; i < count; ++i) {
+  usage_->AddKv(static_cast<int64_t>(fresh * rows_.stride));
+  present_ = first + count;
+  const bool seals = hashed && prompt_ != nullptr && present_ == spec_.capacity && prompt_->csr();
+  if (by_pool || seals) BeginWork();
+  if (seals) {
+    const std::lock_guard lock(mutex_);
+    seal_due_ = true;
+  }
+  if (by_pool) {
+    StartCopy(at, fresh, rows, hashed ? codes : nullptr, std::move(memory));
+    return Status::kOk;
+  }
+  StoreRows(at, fresh, rows);
+  if (hashed) AddCodes(at, fresh, codes);
+  if (seals) EndWork();
+  return Status::kOk;
+}
+
+void Segment::StoreRows(uint64_t first, uint32_t count, const bf16* rows) {
+  for (size_t i = 0; i < count; ++i) {
     StoreRow(options_.kv_type, options_.head_dim, rows + i * 2 * options_.head_dim,
              row_data_ + (first + i) * rows_.stride);
   }
-  if (hashed) AddCodes(present_, count - static_cast<uint32_t>(skip), codes + skip * l);
-  usage_->AddKv(static_cast<int64_t>((count - skip) * rows_.stride));
-  present_ = first + count;
-  if (hashed && prompt_ != nullptr && present_ == spec_.capacity && prompt_->csr()) StartSeal();
-  return Status::kOk;
+}
+
+void Segment::StartCopy(uint64_t first, uint32_t count, const bf16* rows, const uint16_t* codes,
+                        std::shared_ptr<const void> memory) {
+  const auto self = shared_from_this();
+  pool_.ForEach(
+      Pool::Lane::kBackground, CeilDiv(count, kTokensPerCopy),
+      [=, this](size_t slice) {
+        const auto begin = static_cast<uint32_t>(slice * kTokensPerCopy);
+        Copy(first + begin, std::min(kTokensPerCopy, count - begin),
+             rows + size_t{begin} * 2 * options_.head_dim,
+             codes == nullptr ? nullptr : codes + size_t{begin} * options_.l);
+      },
+      [self, memory = std::move(memory)]() mutable {
+        memory.reset();
+        self->EndWork();
+      });
+}
+
+void Segment::Copy(uint64_t first, uint32_t count, const bf16* rows, const uint16_t* codes) {
+  StoreRows(first, count, rows);
+  if (codes == nullptr) return;
+  // What was judged is what is used.
+  static thread_local std::vector<uint16_t> own;
+  own.assign(codes, codes + size_t{count} * options_.l);
+  if (OutOfRange(own.data(), own.size(), options_.k)) {
+    damaged_ = true;
+    std::fill(own.begin(), own.end(), uint16_t{0});
+  }
+  prompt_->PutCodes(static_cast<uint32_t>(first), count, own.data());
+}
+
+void Segment::BeginWork() {
+  const std::lock_guard lock(mutex_);
+  ++work_;
+  settling_ = true;
+}
+
+void Segment::EndWork() {
+  std::vector<std::function<void()>> waiting;
+  bool seals = false;
+  {
+    const std::lock_guard lock(mutex_);
+    if (work_ == 1 && seal_due_) {
+      seals = true;  // in this work's place
+      seal_due_ = false;
+    } else if (--work_ == 0) {
+      settling_ = false;
+      waiting.swap(waiting_);
+    }
+  }
+  if (seals) StartSeal();
+  for (const auto& then : waiting) then();
 }
 
 void Segment::AddCodes(uint64_t index, uint32_t count, const uint16_t* codes) {
@@ -145,34 +232,20 @@ void Segment::AddCodes(uint64_t index, uint32_t count, const uint16_t* codes) {
 }
 
 void Segment::StartSeal() {
-  {
-    const std::lock_guard lock(mutex_);
-    sealing_ = true;
-  }
-  auto self = shared_from_this();
   pool_.ForEach(
       Pool::Lane::kBackground, CeilDiv(options_.l, kTablesPerSlice),
-      [self](size_t slice) {
+      [this](size_t slice) {
         const auto t0 = static_cast<uint32_t>(slice * kTablesPerSlice);
-        for (uint32_t t = t0; t < std::min(t0 + kTablesPerSlice, self->options_.l); ++t) {
-          self->prompt_->SealTable(t, SortScratch());
+        for (uint32_t t = t0; t < std::min(t0 + kTablesPerSlice, options_.l); ++t) {
+          prompt_->SealTable(t, SortScratch());
         }
       },
-      [self]() mutable {
-        std::vector<std::function<void()>> waiting;
-        {
-          const std::lock_guard lock(self->mutex_);
-          self->sealing_ = false;
-          waiting.swap(self->waiting_);
-        }
-        self.reset();  // a query that waited may be the last to have the segment
-        for (const auto& then : waiting) then();
-      });
+      [self = shared_from_this()] { self->EndWork(); });
 }
 
-bool Segment::WhenSealed(std::function<void()> then) const {
+bool Segment::WhenSettled(std::function<void()> then) const {
   const std::lock_guard lock(mutex_);
-  if (!sealing_) return false;
+  if (!settling_) return false;
   waiting_.push_back(std::move(then));
   return true;
 }

@@ -62,8 +62,9 @@ struct SegmentView {
   uint32_t limit = 0;                              // tokens [sampled, limit) are attended exactly
 };
 
-// One segment's rows and tables. Append, View and WhenSealed are called by one thread; sealing and
-// merging run in the pool and change only which structure finds the tokens, never which are found.
+// One segment's rows and tables. Append, View and WhenSettled are called by one thread; copying,
+// sealing and merging run in the pool. The last two change only which structure finds the tokens,
+// never which are found.
 class Segment : public std::enable_shared_from_this<Segment> {
  public:
   Segment(const Options& options, const SegmentSpec& spec, uint32_t number, Slab slab,
@@ -74,23 +75,34 @@ class Segment : public std::enable_shared_from_this<Segment> {
 
   uint32_t number() const { return number_; }
   const SegmentSpec& spec() const { return spec_; }
-  // Tokens appended.
+  // Tokens appended; some may still be on their way: see settling.
   uint64_t present() const { return present_; }
   // As HostAttention::Append, for tokens [first, first + count) of this segment.
-  Status Append(uint64_t first, uint32_t count, const bf16* rows, const uint16_t* codes);
+  Status Append(uint64_t first, uint32_t count, const bf16* rows, const uint16_t* codes,
+                std::shared_ptr<const void> memory);
   // tokens ≤ present(). Where `sampling`, codes must have come with the tokens: else false.
   bool View(uint64_t tokens, bool sampling, SegmentView* view) const;
   // For View of a prompt's segment.
   void PrefetchBlock() const { PrefetchToWrite(prompt_.get()); }
-  // Whether tables are being sealed. Sealing begins in Append.
-  bool sealing() const { return sealing_.load(std::memory_order_acquire); }
-  // Runs `then` on a pool thread once the tables are sealed; false, and does not, where they are.
-  bool WhenSealed(std::function<void()> then) const;
+  // Whether tokens are being copied or tables sealed, which begins in Append.
+  bool settling() const { return settling_.load(std::memory_order_acquire); }
+  // Runs `then` on a pool thread once all that is done; false, and does not, where it is.
+  bool WhenSettled(std::function<void()> then) const;
+  // Whether codes that were copied were out of range.
+  bool damaged() const { return damaged_.load(std::memory_order_relaxed); }
 
  private:
   enum class Codes : uint8_t { kUnknown, kPresent, kAbsent };
   using Blocks = std::vector<std::shared_ptr<const TableBlock>>;
+  void StoreRows(uint64_t first, uint32_t count, const bf16* rows);
   void AddCodes(uint64_t index, uint32_t count, const uint16_t* codes);
+  // In the pool, from memory that others may write to.
+  void StartCopy(uint64_t first, uint32_t count, const bf16* rows, const uint16_t* codes,
+                 std::shared_ptr<const void> memory);
+  void Copy(uint64_t first, uint32_t count, const bf16* rows, const uint16_t* codes);
+  // Around what must be done before a query; the last to end seals, where that is due.
+  void BeginWork();
+  void EndWork();
   void StartSeal();
   void StartMerge();
   // The blocks to be merged into one next; empty if none are. Under the mutex.
@@ -111,7 +123,10 @@ class Segment : public std::enable_shared_from_this<Segment> {
 
   mutable std::mutex mutex_;  // guards what follows
   mutable std::vector<std::function<void()>> waiting_;
-  std::atomic<bool> sealing_{false};  // written under the mutex
+  size_t work_ = 0;                    // copies and seals under way
+  bool seal_due_ = false;              // once they are through
+  std::atomic<bool> settling_{false};  // written under the mutex
+  std::atomic<bool> damaged_{false};
   bool merging_ = false;
   Blocks blocks_;  // of a generated segment, adjacent from token 0
 };

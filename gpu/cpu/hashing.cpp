@@ -36,7 +36,7 @@ void CpuDevice::HashCodes(Tensor x, Tensor mean, Tensor codes) {
   const int64_t dim = hash_dim_;
   const int64_t heads = x.cols / dim;
   Check((x.type == DType::kF32 || x.type == DType::kBf16) && x.cols == heads * dim &&
-            codes.type == DType::kU16 && codes.rows == x.rows && codes.cols == heads * hash_tables_,
+            codes.type == DType::kU16 && FitCodes(codes, x.rows, heads, hash_tables_),
         "HashCodes: shapes disagree");
   Check(mean.data == nullptr || (mean.type == DType::kF32 && mean.cols == x.cols &&
                                  (mean.rows == 1 || mean.rows == x.rows)),
@@ -58,19 +58,22 @@ void CpuDevice::HashCodes(Tensor x, Tensor mean, Tensor codes) {
     const int64_t tables = kPanel / hash_bits_;
     const uint64_t bits = (uint64_t{1} << hash_bits_) - 1;
     // Tiles always fixed: a vector has the same codes alone and in a batch.
-    projections_->Multiply(context_, centred, n * heads, dim, /*fixed_tiles=*/true,
-                           [&](int64_t p, int64_t row, int64_t count, const float* tile) {
-                             const int64_t first = p * tables;
-                             const int64_t last = std::min<int64_t>(first + tables, hash_tables_);
-                             for (int64_t i = 0; i < count; ++i) {
-                               uint64_t mask = kernels_.positive_mask(tile + i * kPanel);
-                               uint16_t* out = RowPtr<uint16_t>(codes, begin + (row + i) / heads) +
-                                               (row + i) % heads * hash_tables_;
-                               for (int64_t t = first; t < last; ++t, mask >>= hash_bits_) {
-                                 out[t] = static_cast<uint16_t>(mask & bits);
-                               }
-                             }
-                           });
+    projections_->Multiply(
+        context_, centred, n * heads, dim, /*fixed_tiles=*/true,
+        [&](int64_t p, int64_t row, int64_t count, const float* tile) {
+          const int64_t first = p * tables;
+          const int64_t last = std::min<int64_t>(first + tables, hash_tables_);
+          for (int64_t i = 0; i < count; ++i) {
+            uint64_t mask = kernels_.positive_mask(tile + i * kPanel);
+            const int64_t at = begin + (row + i) / heads;
+            const int64_t head = (row + i) % heads;
+            uint16_t* out = codes.rows == x.rows ? RowPtr<uint16_t>(codes, at) + head * hash_tables_
+                                                 : RowPtr<uint16_t>(codes, head * x.rows + at);
+            for (int64_t t = first; t < last; ++t, mask >>= hash_bits_) {
+              out[t] = static_cast<uint16_t>(mask & bits);
+            }
+          }
+        });
   }
 }
 

@@ -76,6 +76,18 @@ void CpuDevice::LoadKv(std::span<const int32_t> pages, std::span<const int64_t> 
   }
 }
 
+void CpuDevice::PackKv(Tensor k, Tensor v, Tensor out) {
+  CheckPackKv(k, v, out);
+  const int64_t dim = out.cols / 2;
+  ForRows(out.rows, out.cols, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const int64_t head = r / k.rows, i = r % k.rows;
+      std::copy_n(RowPtr<bf16>(k, i) + head * dim, dim, RowPtr<bf16>(out, r));
+      std::copy_n(RowPtr<bf16>(v, i) + head * dim, dim, RowPtr<bf16>(out, r) + dim);
+    }
+  });
+}
+
 namespace {
 
 // A run of pages of one sequence and KV head: one task. Runs are cut the same way whatever the

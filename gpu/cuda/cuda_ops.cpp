@@ -145,6 +145,11 @@ void CudaDevice::LoadKv(std::span<const int32_t> pages, std::span<const int64_t>
                UploadSlots(pages, slots, k, v), k, v);
 }
 
+void CudaDevice::PackKv(Tensor k, Tensor v, Tensor out) {
+  CheckPackKv(k, v, out);
+  LaunchPackKv(IssueTo(), k, v, out);
+}
+
 void CudaDevice::DecodeAttention(Tensor q, std::span<const KvView> views, Partials out) {
   Check(pool_ != nullptr, "DecodeAttention before CreateKvPool");
   const int64_t n = q.rows;
@@ -257,7 +262,7 @@ void CudaDevice::HashCodes(Tensor x, Tensor mean, Tensor codes) {
   Check(projections_ != nullptr, "HashCodes before SetProjections");
   const int64_t heads = x.cols / hash_dim_;
   Check(IsFloat(x) && x.cols == heads * hash_dim_ && codes.type == DType::kU16 &&
-            codes.rows == x.rows && codes.cols == heads * hash_tables_,
+            FitCodes(codes, x.rows, heads, hash_tables_),
         "HashCodes: shapes disagree");
   Check(mean.data == nullptr || (mean.type == DType::kF32 && mean.cols == x.cols &&
                                  (mean.rows == 1 || mean.rows == x.rows)),

@@ -274,6 +274,20 @@ void LaunchLoadKv(cudaStream_t stream, PoolView pool, const int64_t* slots, Tens
       });
 }
 
+void LaunchPackKv(cudaStream_t stream, Tensor k, Tensor v, Tensor out) {
+  const int64_t dim = out.cols / 2, rows = k.rows;
+  ForFours(
+      stream, out.rows, 1, dim,
+      [=] __device__(int64_t r, int64_t, int64_t j, int count) {
+        const int64_t i = r % rows, from = r / rows * dim + j;
+        return KeyAndValue{LoadFour(k, i, from, count), LoadFour(v, i, from, count)};
+      },
+      [=] __device__(int64_t r, int64_t, int64_t j, int count, const KeyAndValue& both) {
+        StoreFour(out, r, j, count, both.k);
+        StoreFour(out, r, dim + j, count, both.v);
+      });
+}
+
 void LaunchDecodeAttention(cudaStream_t stream, PoolView pool, Tensor q, const int32_t* pages,
                            const DecodeRow* rows, int32_t max_splits, float* scratch,
                            Partials out) {

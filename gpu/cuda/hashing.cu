@@ -206,9 +206,12 @@ __global__ void __launch_bounds__(kThreads, 2) HashKernel(HashArgs a) {
     }
     CommitCopies();
   };
+  // Vectors are numbered as their codes lie: by row, or by head.
+  const bool by_row = a.codes.rows == a.x.rows;
   const auto place_of = [&](int64_t vector) {
-    return vector < vectors ? VectorPlace{vector / heads, vector % heads * a.dim}
-                            : VectorPlace{-1, 0};
+    if (vector >= vectors) return VectorPlace{-1, 0};
+    if (by_row) return VectorPlace{vector / heads, vector % heads * a.dim};
+    return VectorPlace{vector % a.x.rows, vector / a.x.rows * a.dim};
   };
   const VectorPlace low_place = place_of(first_vector + row);
   const VectorPlace high_place = place_of(first_vector + row + 8);
@@ -307,10 +310,10 @@ __global__ void __launch_bounds__(kThreads, 2) HashKernel(HashArgs a) {
     if (vector >= vectors || first_table + t >= a.tables) continue;
     const uint32_t* words = signs[warp * 16 + v] + t * kBits / 32;
     const uint32_t code = __funnelshift_r(words[0], words[1], t * kBits % 32);
-    uint16_t* codes = a.scratch != nullptr
-                          ? a.scratch->codes + vector * a.tables
-                          : static_cast<uint16_t*>(a.codes.data) + vector / heads * a.codes.stride +
-                                vector % heads * a.tables;
+    uint16_t* codes = a.scratch != nullptr ? a.scratch->codes + vector * a.tables
+                      : by_row             ? static_cast<uint16_t*>(a.codes.data) +
+                                     vector / heads * a.codes.stride + vector % heads * a.tables
+                               : static_cast<uint16_t*>(a.codes.data) + vector * a.codes.stride;
     codes[first_table + t] = static_cast<uint16_t>(code & ((1u << a.bits) - 1));
   }
   if (a.scratch != nullptr) CopyIfLast(a, vectors);

@@ -11,6 +11,7 @@
 #include "runtime/engine/host_link.h"
 #include "runtime/engine/job.h"
 #include "runtime/engine/kv_pages.h"
+#include "runtime/engine/staging_ring.h"
 #include "runtime/model/transformer.h"
 
 namespace passel::engine {
@@ -34,6 +35,7 @@ struct Workspace {
   const model::Transformer& transformer;
   HostLink* link;  // null without host ranks
   std::vector<Job::LayerKind> kinds;
+  std::unique_ptr<StagingRing> pieces;  // of prefill, on their way; null where none leave
 
   size_t kv_cols() const {
     const auto shape = transformer.attention_shape();
@@ -57,9 +59,11 @@ class PrefillJob {
   // What one takes of the device's memory: bytes for each token of the prompt, and beside them.
   static uint64_t BytesPerToken(const Workspace& workspace);
   static uint64_t FixedBytes(const Workspace& workspace);
+  // For Workspace::pieces; null where prefill sends nothing.
+  static std::unique_ptr<StagingRing> MakePieces(const Workspace& workspace);
 
   // Does one chunk of one layer; true when all is done and the activations hold the logits of the
-  // last position. Does nothing while too much is under way to the hosts: see Blocked.
+  // last position. Does nothing while as much is under way to the hosts as may be: see Blocked.
   bool Step();
   bool Blocked() const;
 
@@ -76,12 +80,12 @@ class PrefillJob {
     bool codes = false;
     bool open = false;  // a piece is still to be issued
   };
-  // A piece on its way to host memory: the mean, K, V and codes in one buffer.
+  // A piece on its way to host memory: the mean, then K, V and codes by head.
   struct Piece {
     int32_t layer = -1;
     int64_t first = 0, rows = 0;
     bool codes = false;
-    std::unique_ptr<gpu::Buffer> memory;
+    std::shared_ptr<std::byte> memory;
     std::unique_ptr<gpu::Event> copied;  // null: none is under way
   };
 
@@ -98,8 +102,9 @@ class PrefillJob {
   model::Activations& a_;
   int32_t layer_ = 0;
   int64_t next_ = 0;  // first position of the next chunk
-  std::unique_ptr<gpu::Buffer> hidden_memory_, kv_memory_, codes_memory_;
-  gpu::Tensor hidden_, codes_;
+  std::unique_ptr<gpu::Buffer> hidden_memory_, kv_memory_, packed_memory_, codes_memory_;
+  gpu::Tensor hidden_;
+  gpu::Tensor packed_, codes_;  // of a piece, by head
   std::vector<LayerKv> kv_;
   Offload offload_;
   Piece piece_;
@@ -144,11 +149,11 @@ class MicroBatch {
   };
   const std::shared_ptr<Queries> queries_ = std::make_shared<Queries>();
   std::unique_ptr<gpu::Buffer> means_memory_;
-  std::unique_ptr<gpu::Buffer> evicted_host_;  // K, V and codes of the rows in leaving_
+  std::unique_ptr<StagingRing> evicted_ring_;
+  std::shared_ptr<std::byte> evicted_host_;  // K, V and codes, by head, of the rows in leaving_
   gpu::Partials partials_;
   gpu::Tensor codes_;  // in queries_->codes
   gpu::Tensor evicted_k_, evicted_v_, evicted_means_;
-  int64_t evicted_codes_ = 0;  // of a token
   std::unique_ptr<gpu::Event> event_, evicted_event_;
   std::vector<size_t> leaving_;  // rows of the micro-batch of which a token leaves the window
   int32_t leaving_layer_ = 0;

@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
-#include <thread>
 #include <utility>
 
 #include "runtime/base/error.h"
@@ -15,9 +14,9 @@ namespace passel::engine {
 namespace {
 
 using Clock = std::chrono::steady_clock;
-// Tokens of a K, V frame: large enough to stream, small enough to stay below kMaxPayloadBytes.
-constexpr uint64_t kKvFrameTokens = 2048;
-constexpr uint64_t kParallelTokens = 512;
+// Data of a K, V frame, about: large enough to stream, small enough to stay below
+// kMaxPayloadBytes.
+constexpr uint64_t kKvFrameBytes = uint64_t{4} << 20;
 
 cluster::HealthTracker Watch(const Job& job, std::span<const RankId> hosts) {
   const std::chrono::duration<double> timeout(job.config.cluster().failure_timeout_s());
@@ -170,65 +169,53 @@ void HostLink::SendQuery(uint16_t micro_batch, int32_t layer, uint64_t step,
   }
 }
 
-void HostLink::SendKv(const HostedRequest& hosted, int32_t layer, uint64_t first_token,
-                      uint64_t count, const bf16* k, const bf16* v, const uint16_t* codes) {
-  const size_t d = shape_.head_dim, l = shape_.l;
-  const auto heads = static_cast<size_t>(slice_.kv_heads);
+void HostLink::SendKv(int32_t layer, std::span<const KvRun> runs, uint64_t rows, const bf16* kv,
+                      const uint16_t* codes, const std::shared_ptr<const void>& memory) {
+  const size_t row_size = 2 * size_t{shape_.head_dim}, l = codes ? shape_.l : 0;
+  const uint64_t token_bytes = row_size * sizeof(bf16) + l * sizeof(uint16_t);
   struct Frame {
-    cluster::KvEntry entry;
-    uint32_t host;
-    std::vector<std::byte> payload;
-    std::vector<cluster::KvSpace> spaces;  // in the payload
+    std::vector<cluster::KvEntry> entries;
+    std::vector<cluster::KvSource> sources;
+    uint64_t tokens = 0;
   };
-  std::vector<Frame> frames;
-  for (uint64_t done = 0; done < count;) {
-    const uint64_t token = first_token + done;
-    const uint32_t segment = hosted.SegmentOf(token);
-    const host::SegmentSpec& spec = hosted.segments[segment];
-    const uint64_t n =
-        std::min({count - done, kKvFrameTokens, spec.first_token + spec.capacity - token});
-    for (size_t head = 0; head < heads; ++head) {
-      const auto kv_head = static_cast<uint32_t>(slice_.first_kv_head + static_cast<int>(head));
-      frames.push_back(
-          {{hosted.request.value, token, kv_head, static_cast<uint32_t>(n), codes ? 1u : 0u, 0},
-           hosted.placement.Owner(kv_head, segment),
-           {},
-           {}});
-      Frame& frame = frames.back();
-      frame.payload = cluster::BuildKv(shape_, {&frame.entry, 1}, &frame.spaces);
-    }
-    done += n;
-  }
-  const auto fill = [&](const Frame& frame) {
-    const cluster::KvSpace& space = frame.spaces[0];
-    const size_t head = frame.entry.kv_head - static_cast<size_t>(slice_.first_kv_head);
-    for (uint64_t i = 0; i < frame.entry.count; ++i) {
-      const size_t at = (frame.entry.first_token - first_token + i) * heads + head;
-      bf16* row = space.rows.data() + 2 * i * d;
-      std::copy_n(k + at * d, d, row);
-      std::copy_n(v + at * d, d, row + d);
-      if (codes) std::copy_n(codes + at * l, l, space.codes.data() + i * l);
-    }
-  };
-  // The many tokens of a prompt are cut up by several threads.
-  const size_t threads =
-      count < kParallelTokens
-          ? 1
-          : std::clamp<size_t>(std::thread::hardware_concurrency(), 1, std::min<size_t>(heads, 8));
-  {
-    std::vector<std::jthread> others;
-    const auto fill_from = [&](size_t first) {
-      for (size_t i = first; i < frames.size(); i += threads) fill(frames[i]);
-    };
-    for (size_t t = 1; t < threads; ++t) others.emplace_back(fill_from, t);
-    fill_from(0);
-  }
-  for (Frame& frame : frames) {
+  std::vector<Frame> frames(hosts());
+  const uint64_t most = std::max<uint64_t>(1, kKvFrameBytes / token_bytes);  // tokens of a frame
+  const auto send = [&](uint32_t host) {
+    Frame frame = std::exchange(frames[host], {});
+    cluster::Pieces pieces;
+    auto payload =
+        cluster::BuildKv(shape_, frame.entries, frame.sources, &pieces, payloads_.Take());
     transport::FrameHeader h;
     h.type = transport::FrameType::kKv;
     h.layer = static_cast<uint16_t>(layer);
-    h.count = 1;
-    Send(frame.host, h, std::move(frame.payload));
+    h.count = static_cast<uint32_t>(frame.entries.size());
+    channel_.Send(host_ranks_[host],
+                  payloads_.Frame(h, std::move(payload), std::move(pieces), memory));
+  };
+  for (const KvRun& run : runs) {
+    for (uint64_t done = 0; done < run.count;) {
+      const uint64_t token = run.first_token + done;
+      const uint32_t segment = run.hosted->SegmentOf(token);
+      const host::SegmentSpec& spec = run.hosted->segments[segment];
+      const uint64_t n =
+          std::min({run.count - done, most, spec.first_token + spec.capacity - token});
+      for (uint64_t head = 0; head < static_cast<uint64_t>(slice_.kv_heads); ++head) {
+        const auto kv_head =
+            static_cast<uint32_t>(slice_.first_kv_head) + static_cast<uint32_t>(head);
+        const uint32_t host = run.hosted->placement.Owner(kv_head, segment);
+        Frame& frame = frames[host];
+        if (frame.tokens + n > most) send(host);
+        const uint64_t at = head * rows + run.row + done;
+        frame.entries.push_back({run.hosted->request.value, token, kv_head,
+                                 static_cast<uint32_t>(n), codes ? 1u : 0u, 0});
+        frame.sources.push_back({kv + at * row_size, codes ? codes + at * l : nullptr});
+        frame.tokens += n;
+      }
+      done += n;
+    }
+  }
+  for (uint32_t host = 0; host < hosts(); ++host) {
+    if (frames[host].tokens > 0) send(host);
   }
 }
 
@@ -262,12 +249,6 @@ void HostLink::SendControl(uint32_t host, const cluster::proto::Control& message
 
 void HostLink::SendControlToAll(const cluster::proto::Control& message) {
   for (uint32_t host = 0; host < hosts(); ++host) SendControl(host, message);
-}
-
-uint64_t HostLink::pending_bytes() const {
-  uint64_t most = 0;
-  for (const RankId host : host_ranks_) most = std::max(most, channel_.PendingBytes(host));
-  return most;
 }
 
 void HostLink::OnFrame(const transport::FrameHeader& header, transport::IncomingPayload& payload) {

@@ -42,6 +42,14 @@ struct ReplyBox {
   bool complete() const { return open == 0; }
 };
 
+// Tokens [first_token, first_token + count) of a request, in rows [row, row + count) of what
+// SendKv is given.
+struct KvRun {
+  const HostedRequest* hosted;
+  uint64_t first_token, count;
+  uint64_t row;
+};
+
 // A model rank's end of the wire to the host ranks. Never blocks. One thread.
 class HostLink {
  public:
@@ -70,10 +78,11 @@ class HostLink {
   void SendQuery(uint16_t micro_batch, int32_t layer, uint64_t step,
                  const std::vector<QueryFrame>& plan, bool all_exact, const bf16* q,
                  const uint16_t* codes, const std::shared_ptr<const void>& memory, ReplyBox* box);
-  // Tokens [first_token, first_token + count) of one request and layer, all KV heads of this rank.
-  // k, v: [count, kv_heads·head_dim]; codes: [count, kv_heads·l] or null.
-  void SendKv(const HostedRequest& hosted, int32_t layer, uint64_t first_token, uint64_t count,
-              const bf16* k, const bf16* v, const uint16_t* codes);
+  // `runs` of one layer, all KV heads of this rank. kv: [kv_heads, rows, 2, head_dim]; codes:
+  // [kv_heads, rows, l] or null: sent from where they lie, in `memory`, which is held until hosts
+  // have them.
+  void SendKv(int32_t layer, std::span<const KvRun> runs, uint64_t rows, const bf16* kv,
+              const uint16_t* codes, const std::shared_ptr<const void>& memory);
   // μ of one request and layer. mean: [kv_heads·head_dim].
   void SendKeyMean(const HostedRequest& hosted, int32_t layer, const float* mean);
   void SendControl(uint32_t host, const cluster::proto::Control& message);
@@ -81,8 +90,6 @@ class HostLink {
 
   uint32_t hosts() const { return static_cast<uint32_t>(host_ranks_.size()); }
   RankId host_rank(uint32_t host) const { return host_ranks_[host]; }
-  // Bytes on their way to the slowest host.
-  uint64_t pending_bytes() const;
   // Replies that matched no question (late, twice or hostile).
   uint64_t dropped() const { return dropped_; }
 
@@ -99,7 +106,7 @@ class HostLink {
   cluster::WireShape shape_;
   std::vector<RankId> host_ranks_;
   cluster::HealthTracker health_;
-  transport::PayloadPool payloads_;  // of queries' entries
+  transport::PayloadPool payloads_;  // of the entries of what is sent from elsewhere
   std::vector<ReplyBox*> boxes_;     // by micro-batch
   std::string lost_;
   uint64_t dropped_ = 0;

@@ -14,6 +14,8 @@ namespace {
 using Clock = std::chrono::steady_clock;
 constexpr uint64_t kMaxWaitingBytes = uint64_t{256} << 20;
 constexpr uint64_t kMaxEarlyBytes = uint64_t{256} << 20;
+// Of K, V frames that attention's threads copy: of one at least, and of all at most.
+constexpr uint64_t kLeastHeld = uint64_t{64} << 10, kMostHeld = uint64_t{64} << 20;
 
 std::vector<std::byte> Serialize(const cluster::proto::Control& message) {
   std::vector<std::byte> out(message.ByteSizeLong());
@@ -63,7 +65,7 @@ int HostRank::Run() {
     if (now - looked > std::chrono::seconds(1)) heard_ += now - looked;
     looked = now;
     if (now - heard_ > timeout) {
-      while (in_flight_ > 0) channel_.Wait(std::chrono::milliseconds(1));
+      while (busy()) channel_.Wait(std::chrono::milliseconds(1));
       const std::string what =
           "host rank " + std::to_string(job_.self.value) + ": model rank 0 is gone";
       // Every host rank sees the same; one says so.
@@ -77,7 +79,7 @@ int HostRank::Run() {
       channel_.Send(leader, transport::OutgoingFrame::Own(h, {}));
     }
   }
-  while (in_flight_ > 0) {
+  while (busy()) {
     if (!channel_.Progress()) channel_.Wait(std::chrono::milliseconds(1));
   }
   return exit_code_;
@@ -112,17 +114,52 @@ void HostRank::OnFrame(const transport::FrameHeader& header, transport::Incoming
   Drop(header, "unknown type");
 }
 
-void HostRank::OnKv(const transport::FrameHeader& header, std::span<const std::byte> payload) {
-  if (!TakeKv(header, payload)) {
-    if (early_bytes_ + payload.size() > kMaxEarlyBytes) return Drop(header, "too much comes early");
-    early_bytes_ += payload.size();
-    early_.push_back({header, {payload.begin(), payload.end()}});
+// The memory of a frame until it has been copied.
+std::shared_ptr<const void> HostRank::Hold(transport::IncomingPayload& payload, uint64_t bytes) {
+  class Held {
+   public:
+    Held(HostRank& rank, std::shared_ptr<const void> memory, uint64_t bytes)
+        : rank_(rank), memory_(std::move(memory)), bytes_(bytes) {
+      rank_.held_bytes_ += bytes_;
+    }
+    Held(const Held&) = delete;
+    Held& operator=(const Held&) = delete;
+    ~Held() {
+      memory_.reset();
+      rank_.channel_.Wake();
+      rank_.held_bytes_ -= bytes_;
+    }
+
+   private:
+    HostRank& rank_;
+    std::shared_ptr<const void> memory_;
+    const uint64_t bytes_;
+  };
+  return std::make_shared<const Held>(*this, payload.Keep(), bytes);
+}
+
+void HostRank::OnKv(const transport::FrameHeader& header, transport::IncomingPayload& payload) {
+  // Attention's threads copy large frames, from where they lie; where they are behind, this one.
+  bool taken = false;
+  if (header.payload_bytes >= kLeastHeld && held_bytes_ < kMostHeld) {
+    const auto memory = Hold(payload, header.payload_bytes);
+    taken = TakeKv(header, payload.pieces(), memory);
+  } else {
+    const std::span<const std::byte> whole = payload.whole();
+    taken = TakeKv(header, {&whole, 1}, nullptr);
+  }
+  if (!taken) {
+    const std::span<const std::byte> whole = payload.whole();
+    if (early_bytes_ + whole.size() > kMaxEarlyBytes) return Drop(header, "too much comes early");
+    early_bytes_ += whole.size();
+    early_.push_back({header, {whole.begin(), whole.end()}});
     return;
   }
   // What came early may fit now; every frame that does may make room for another.
   for (bool again = true; again && !early_.empty();) {
     again = std::erase_if(early_, [&](const EarlyKv& early) {
-              if (!TakeKv(early.header, early.payload)) return false;
+              const std::span<const std::byte> whole = early.payload;
+              if (!TakeKv(early.header, {&whole, 1}, nullptr)) return false;
               early_bytes_ -= early.payload.size();
               return true;
             }) > 0;
@@ -130,7 +167,8 @@ void HostRank::OnKv(const transport::FrameHeader& header, std::span<const std::b
   RetryWaiting();
 }
 
-bool HostRank::TakeKv(const transport::FrameHeader& header, std::span<const std::byte> payload) {
+bool HostRank::TakeKv(const transport::FrameHeader& header, cluster::PayloadPieces payload,
+                      const std::shared_ptr<const void>& memory) {
   std::string why;
   const auto views = cluster::ParseKv(shape_, header.count, payload, &why);
   if (!views) {
@@ -145,7 +183,7 @@ bool HostRank::TakeKv(const transport::FrameHeader& header, std::span<const std:
                                 v.entry.count,
                                 v.rows.data(),
                                 v.codes.empty() ? nullptr : v.codes.data()};
-    const host::Status status = attention_.Append(span);
+    const host::Status status = attention_.Append(span, memory);
     if (status == host::Status::kMissingTokens) return false;
     // A released request's rows may still be under way; they are of no use to anyone.
     if (status != host::Status::kOk && status != host::Status::kUnknownRequest) {

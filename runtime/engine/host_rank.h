@@ -69,9 +69,14 @@ class HostRank {
   };
 
   void OnFrame(const transport::FrameHeader& header, transport::IncomingPayload& payload);
-  void OnKv(const transport::FrameHeader& header, std::span<const std::byte> payload);
-  // False where tokens in front are missing; appending again what is there does nothing.
-  bool TakeKv(const transport::FrameHeader& header, std::span<const std::byte> payload);
+  void OnKv(const transport::FrameHeader& header, transport::IncomingPayload& payload);
+  std::shared_ptr<const void> Hold(transport::IncomingPayload& payload, uint64_t bytes);
+  // False where tokens in front are missing; appending again what is there does nothing. memory: of
+  // the payload, where others may write to it.
+  bool TakeKv(const transport::FrameHeader& header, cluster::PayloadPieces payload,
+              const std::shared_ptr<const void>& memory);
+  // Whether attention's threads still use memory of the transport's.
+  bool busy() const { return in_flight_ > 0 || held_bytes_ > 0; }
   void OnKeyMean(const transport::FrameHeader& header, std::span<const std::byte> payload);
   void OnQuery(const transport::FrameHeader& header, transport::IncomingPayload& payload);
   void OnControl(const transport::FrameHeader& header, std::span<const std::byte> payload);
@@ -90,6 +95,7 @@ class HostRank {
   cluster::WireShape shape_;
   transport::PayloadPool payloads_;  // of replies' entries
   ReplyMemory replies_;
+  std::atomic<uint64_t> held_bytes_ = 0;  // of K, V frames
   host::HostAttention attention_;
   std::deque<std::shared_ptr<Query>> waiting_;
   uint64_t waiting_bytes_ = 0;

@@ -19,7 +19,6 @@ cluster::WireShape Job::wire_shape() const {
   shape.group = group();
   shape.head_dim = static_cast<uint32_t>(model.head_dim);
   shape.l = lsh() ? config.attention().l() : 0;
-  shape.k = config.attention().k();
   shape.max_tokens = static_cast<uint64_t>(model.context_length);
   return shape;
 }

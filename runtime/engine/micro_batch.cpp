@@ -1,10 +1,14 @@
 #include <algorithm>
+#include <utility>
 
 #include "runtime/base/error.h"
 #include "runtime/engine/executor.h"
 
 namespace passel::engine {
 namespace {
+
+// Layers whose leaving tokens may be under way to the hosts.
+constexpr size_t kEvictedSlots = 4;
 
 template <typename T>
 gpu::Tensor Matrix(std::unique_ptr<gpu::Buffer>& memory, gpu::DType type, int64_t rows,
@@ -49,16 +53,17 @@ MicroBatch::MicroBatch(Workspace& workspace, uint16_t number, int64_t max_rows)
   evicted_v_ = Matrix<bf16>(evicted_memory_, gpu::DType::kBf16, max_rows, cols,
                             n * static_cast<size_t>(cols));
   const int64_t l = w_.job.wire_shape().l;
-  evicted_host_ =
-      w_.device.AllocateStaging(n * (2 * static_cast<size_t>(cols) * sizeof(bf16) +
-                                     static_cast<size_t>(shape.kv_heads * l) * sizeof(uint16_t)));
+  evicted_ring_ = std::make_unique<StagingRing>(
+      *w_.link, w_.device,
+      n * (2 * static_cast<size_t>(cols) * sizeof(bf16) +
+           static_cast<size_t>(shape.kv_heads * l) * sizeof(uint16_t)),
+      kEvictedSlots);
   if (l == 0) return;
   means_memory_ = w_.device.Allocate(n * static_cast<size_t>(cols) * sizeof(float));
   evicted_means_ = Matrix<float>(means_memory_, gpu::DType::kF32, max_rows, cols);
   queries_->codes =
       w_.link->AllocateStaging(w_.device, n * static_cast<size_t>(heads * l) * sizeof(uint16_t));
   codes_ = Matrix<uint16_t>(queries_->codes, gpu::DType::kU16, max_rows, heads * l);
-  evicted_codes_ = shape.kv_heads * l;
 }
 
 void MicroBatch::Start(std::span<Sequence* const> sequences, std::span<const int32_t> tokens,
@@ -171,10 +176,12 @@ void MicroBatch::GatherEvicted() {
   const auto n = static_cast<int64_t>(leaving_.size());
   const gpu::Tensor k = evicted_k_.Rows(0, n), v = evicted_v_.Rows(0, n);
   w_.device.LoadKv(places.pages, places.slots, k, v);
-  const size_t bytes = static_cast<size_t>(n * k.cols) * sizeof(bf16);
-  auto* host = static_cast<std::byte*>(evicted_host_->data());
-  w_.device.CopyToHost(host, k.data, bytes);
-  w_.device.CopyToHost(host + bytes, v.data, bytes);
+  const gpu::AttentionShape shape = w_.transformer.attention_shape();
+  const int64_t rows = n * shape.kv_heads;
+  evicted_host_ = evicted_ring_->Take();
+  w_.device.PackKv(k, v,
+                   {evicted_host_.get(), gpu::DType::kBf16, rows, 2 * int64_t{shape.head_dim},
+                    2 * int64_t{shape.head_dim}});
   if (Sampled() && w_.job.lsh()) {
     const gpu::Tensor means = evicted_means_.Rows(0, n);
     for (int64_t i = 0; i < n; ++i) {
@@ -182,8 +189,9 @@ void MicroBatch::GatherEvicted() {
       w_.device.CopyToDevice(means.Rows(i, 1).data, w_.Means(*sequences_[row], layer_).data,
                              static_cast<size_t>(means.cols) * sizeof(float));
     }
-    w_.device.HashCodes(k, means,
-                        {host + 2 * bytes, gpu::DType::kU16, n, evicted_codes_, evicted_codes_});
+    const int64_t l = w_.job.wire_shape().l;
+    const size_t bytes = static_cast<size_t>(2 * n * k.cols) * sizeof(bf16);
+    w_.device.HashCodes(k, means, {evicted_host_.get() + bytes, gpu::DType::kU16, rows, l, l});
   }
   leaving_layer_ = layer_;
   evicted_event_ = w_.device.Record();
@@ -193,18 +201,18 @@ void MicroBatch::GatherEvicted() {
 void MicroBatch::SendEvicted() {
   if (leaving_.empty()) return;
   evicted_event_->Wait();
-  const size_t cols = w_.kv_cols(), n = leaving_.size();
-  const auto* k = static_cast<const bf16*>(evicted_host_->data());
-  const bf16* v = k + n * cols;
-  const auto* codes = reinterpret_cast<const uint16_t*>(v + n * cols);
+  const size_t n = leaving_.size();
+  const auto* kv = reinterpret_cast<const bf16*>(evicted_host_.get());
+  const auto* codes = reinterpret_cast<const uint16_t*>(kv + 2 * n * w_.kv_cols());
   const bool hashed =
       w_.kinds[static_cast<size_t>(leaving_layer_)] == Job::LayerKind::kSampled && w_.job.lsh();
+  std::vector<KvRun> runs;
   for (size_t i = 0; i < n; ++i) {
     const size_t row = leaving_[i];
-    w_.link->SendKv(sequences_[row]->hosted, leaving_layer_, rows_[row].offloaded_tokens, 1,
-                    k + i * cols, v + i * cols,
-                    hashed ? codes + i * static_cast<size_t>(evicted_codes_) : nullptr);
+    runs.push_back({&sequences_[row]->hosted, rows_[row].offloaded_tokens, 1, i});
   }
+  w_.link->SendKv(leaving_layer_, runs, n, kv, hashed ? codes : nullptr,
+                  std::exchange(evicted_host_, nullptr));
   leaving_.clear();
 }
 

@@ -19,7 +19,7 @@ ModelRank::ModelRank(const Job& job, gpu::Device& device, const model::Transform
                 ? std::make_unique<HostLink>(job, *channel, transformer.slice(),
                                              std::move(on_control))
                 : nullptr),
-      workspace_{job, device, transformer, link_.get(), job.layer_kinds()},
+      workspace_{job, device, transformer, link_.get(), job.layer_kinds(), nullptr},
       prefill_activations_(transformer.MakeActivations(job.config.engine().prefill_chunk(),
                                                        /*with_logits=*/true,
                                                        /*logit_rows=*/1)) {
@@ -29,6 +29,7 @@ ModelRank::ModelRank(const Job& job, gpu::Device& device, const model::Transform
         RandomProjections(a.seed(), static_cast<size_t>(job.model.head_dim), a.k(), a.l()),
         job.model.head_dim, static_cast<int32_t>(a.k()), static_cast<int32_t>(a.l()));
   }
+  workspace_.pieces = PrefillJob::MakePieces(workspace_);
   logits_row_ = device.AllocateStaging(static_cast<size_t>(job.model.vocab) * sizeof(float));
   chosen_ids_ = device.AllocateStaging(job.config.engine().max_batch() * sizeof(int32_t));
   // What decoding needs is made before the KV pool takes the rest.

@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <numeric>
+#include <utility>
 
 #include "runtime/base/error.h"
 #include "runtime/engine/executor.h"
@@ -7,8 +8,8 @@
 namespace passel::engine {
 namespace {
 
-// Bytes to one host beyond which prefill waits.
-constexpr uint64_t kMaxPendingBytes = 64u << 20;
+// Of pieces under way, about, and pieces at least and at most.
+constexpr size_t kPieceBytes = size_t{64} << 20, kLeastPieces = 2, kMostPieces = 8;
 
 gpu::Tensor Matrix(void* data, gpu::DType type, int64_t rows, int64_t cols) {
   return {data, type, rows, cols, cols};
@@ -25,8 +26,12 @@ bool Offloads(const Workspace& w) {
          });
 }
 
-int64_t CodeCols(const Workspace& w) {
-  return static_cast<int64_t>(w.job.wire_shape().l) * w.transformer.attention_shape().kv_heads;
+// Bytes of K and V, and of codes, of a token.
+size_t KvBytes(const Workspace& w) { return 2 * w.kv_cols() * sizeof(bf16); }
+size_t CodeBytes(const Workspace& w) {
+  if (!w.job.lsh()) return 0;
+  return w.job.wire_shape().l * static_cast<size_t>(w.transformer.attention_shape().kv_heads) *
+         sizeof(uint16_t);
 }
 
 // Rows hashed and copied off the device at a time: a piece for every chunk.
@@ -36,15 +41,21 @@ int64_t PieceRows(const Workspace& w) { return w.job.config.engine().prefill_chu
 
 uint64_t PrefillJob::BytesPerToken(const Workspace& w) {
   const uint64_t layers = Offloads(w) ? 2 : 1;
-  return static_cast<uint64_t>(w.job.model.hidden) * sizeof(float) +
-         layers * 2 * w.kv_cols() * sizeof(bf16);
+  return static_cast<uint64_t>(w.job.model.hidden) * sizeof(float) + layers * KvBytes(w);
 }
 
 uint64_t PrefillJob::FixedBytes(const Workspace& w) {
-  const uint64_t padding =
-      static_cast<uint64_t>(gpu::kCausalPadding) * 4 * w.kv_cols() * sizeof(bf16);
-  if (!w.link || !w.job.lsh()) return padding;
-  return padding + static_cast<uint64_t>(PieceRows(w) * CodeCols(w)) * sizeof(uint16_t);
+  const uint64_t padding = static_cast<uint64_t>(gpu::kCausalPadding) * 2 * KvBytes(w);
+  if (!Offloads(w)) return padding;
+  return padding + static_cast<uint64_t>(PieceRows(w)) * (KvBytes(w) + CodeBytes(w));
+}
+
+std::unique_ptr<StagingRing> PrefillJob::MakePieces(const Workspace& w) {
+  if (!Offloads(w)) return nullptr;
+  const size_t bytes =
+      w.kv_cols() * sizeof(float) + static_cast<size_t>(PieceRows(w)) * (KvBytes(w) + CodeBytes(w));
+  return std::make_unique<StagingRing>(*w.link, w.device, bytes,
+                                       std::clamp(kPieceBytes / bytes, kLeastPieces, kMostPieces));
 }
 
 PrefillJob::PrefillJob(Workspace& workspace, Sequence& sequence, model::Activations& activations)
@@ -65,20 +76,18 @@ PrefillJob::PrefillJob(Workspace& workspace, Sequence& sequence, model::Activati
     }
   }
   if (!Offloads(w_)) return;
+  const gpu::AttentionShape shape = w_.transformer.attention_shape();
   const int64_t piece = std::min(n, PieceRows(w_));
-  int64_t codes = 0;
-  if (w_.job.lsh()) {
-    codes = CodeCols(w_);
-    codes_memory_ = w_.device.Allocate(static_cast<size_t>(piece * codes) * sizeof(uint16_t));
-    codes_ = Matrix(codes_memory_->data(), gpu::DType::kU16, piece, codes);
-  }
-  piece_.memory = w_.device.AllocateStaging(
-      w_.kv_cols() * sizeof(float) +
-      static_cast<size_t>(piece) *
-          (2 * w_.kv_cols() * sizeof(bf16) + static_cast<size_t>(codes) * sizeof(uint16_t)));
+  packed_memory_ = w_.device.Allocate(static_cast<size_t>(piece) * KvBytes(w_));
+  packed_ = Matrix(packed_memory_->data(), gpu::DType::kBf16, piece * shape.kv_heads,
+                   2 * int64_t{shape.head_dim});
+  if (!w_.job.lsh()) return;
+  codes_memory_ = w_.device.Allocate(static_cast<size_t>(piece) * CodeBytes(w_));
+  codes_ = Matrix(codes_memory_->data(), gpu::DType::kU16, piece * shape.kv_heads,
+                  w_.job.wire_shape().l);
 }
 
-bool PrefillJob::Blocked() const { return w_.link && w_.link->pending_bytes() > kMaxPendingBytes; }
+bool PrefillJob::Blocked() const { return w_.pieces && !w_.pieces->any_free(); }
 
 bool PrefillJob::Step() {
   if (Blocked()) return false;
@@ -179,7 +188,8 @@ void PrefillJob::IssuePiece() {
   piece_.codes = offload_.codes;
   offload_.done += piece_.rows;
   offload_.open = offload_.done < offload_.tokens;
-  auto* host = static_cast<std::byte*>(piece_.memory->data());
+  piece_.memory = w_.pieces->Take();
+  std::byte* host = piece_.memory.get();
   if (piece_.codes && piece_.first == 0) {
     w_.device.CopyToHost(host, w_.Means(sequence_, piece_.layer).data,
                          w_.kv_cols() * sizeof(float));
@@ -189,14 +199,16 @@ void PrefillJob::IssuePiece() {
     const int64_t first = piece_.first + w_.job.config.attention().sinks();
     const LayerKv& kv = Kv(piece_.layer);
     const gpu::Tensor k = kv.k.Rows(first, piece_.rows);
-    const size_t bytes = static_cast<size_t>(piece_.rows) * w_.kv_cols() * sizeof(bf16);
-    w_.device.CopyToHost(host, k.data, bytes);
-    w_.device.CopyToHost(host + bytes, kv.v.Rows(first, piece_.rows).data, bytes);
+    const int64_t rows = piece_.rows * w_.transformer.attention_shape().kv_heads;
+    const gpu::Tensor packed = packed_.Rows(0, rows);
+    const size_t bytes = static_cast<size_t>(piece_.rows) * KvBytes(w_);
+    w_.device.PackKv(k, kv.v.Rows(first, piece_.rows), packed);
+    w_.device.CopyToHost(host, packed.data, bytes);
     if (piece_.codes) {
-      const gpu::Tensor codes = codes_.Rows(0, piece_.rows);
+      const gpu::Tensor codes = codes_.Rows(0, rows);
       w_.device.HashCodes(k, w_.Means(sequence_, piece_.layer), codes);
-      w_.device.CopyToHost(host + 2 * bytes, codes.data,
-                           static_cast<size_t>(codes.rows * codes.cols) * sizeof(uint16_t));
+      w_.device.CopyToHost(host + bytes, codes.data,
+                           static_cast<size_t>(piece_.rows) * CodeBytes(w_));
     }
   }
   piece_.copied = w_.device.Record();
@@ -206,16 +218,16 @@ void PrefillJob::SendPiece() {
   if (!piece_.copied) return;
   piece_.copied->Wait();
   piece_.copied.reset();
-  const auto* mean = static_cast<const float*>(piece_.memory->data());
+  const auto memory = std::exchange(piece_.memory, nullptr);
+  const auto* mean = reinterpret_cast<const float*>(memory.get());
   if (piece_.codes && piece_.first == 0) {
     w_.link->SendKeyMean(sequence_.hosted, piece_.layer, mean);
   }
-  const auto* k = reinterpret_cast<const bf16*>(mean + w_.kv_cols());
-  const bf16* v = k + static_cast<size_t>(piece_.rows) * w_.kv_cols();
-  const bf16* codes = v + static_cast<size_t>(piece_.rows) * w_.kv_cols();
-  w_.link->SendKv(sequence_.hosted, piece_.layer, static_cast<uint64_t>(piece_.first),
-                  static_cast<uint64_t>(piece_.rows), k, v,
-                  piece_.codes ? reinterpret_cast<const uint16_t*>(codes) : nullptr);
+  const auto rows = static_cast<uint64_t>(piece_.rows);
+  const auto* kv = reinterpret_cast<const bf16*>(mean + w_.kv_cols());
+  const auto* codes = reinterpret_cast<const uint16_t*>(kv + rows * 2 * w_.kv_cols());
+  const KvRun run{&sequence_.hosted, static_cast<uint64_t>(piece_.first), rows, 0};
+  w_.link->SendKv(piece_.layer, {&run, 1}, rows, kv, piece_.codes ? codes : nullptr, memory);
 }
 
 }  // namespace passel::engine

@@ -53,7 +53,7 @@ TEST(Messages, PartialFieldsOutOfRange) {
 
 TEST(Messages, KvFieldsOutOfRange) {
   const auto refused = [](KvEntry e, const std::string& reason) {
-    ExpectRefused(KvPayload(), 3, ParseKv, e, reason);
+    ExpectRefused(KvPayload(), 3, ParseKvOf, e, reason);
   };
   refused({11, 0, 3, 7, 1, 0}, "KV head out of range");
   refused({11, 4090, 0, 7, 1, 0}, "tokens above");
@@ -67,19 +67,6 @@ TEST(Messages, KvFieldsOutOfRange) {
 TEST(Messages, KeyMeanFieldsOutOfRange) {
   ExpectRefused(KeyMeanPayload(), 2, ParseKeyMean, KeyMeanEntry{11, 3, 0}, "KV head out of range");
   ExpectRefused(KeyMeanPayload(), 2, ParseKeyMean, KeyMeanEntry{11, 0, 1}, "reserved is not zero");
-}
-
-TEST(Messages, CodesWithBitsAboveKAreRefused) {
-  std::vector<KvSpace> kv_spaces;
-  auto kv = BuildKv(kShape, KvEntries(), &kv_spaces);
-  ASSERT_TRUE(ParseKv(kShape, 3, kv, nullptr));
-  kv_spaces[0].codes.back() = kCode + 1;
-  std::string why;
-  EXPECT_FALSE(ParseKv(kShape, 3, kv, &why));
-  EXPECT_EQ(why, "entry 0: code out of range");
-  WireShape wide = kShape;
-  wide.k = 16;
-  EXPECT_TRUE(ParseKv(wide, 3, kv, nullptr));
 }
 
 template <typename Parse>
@@ -108,7 +95,7 @@ void ExpectExactSizeCountAndAlignment(const std::vector<std::byte>& payload, uin
 TEST(Messages, SizeCountAndAlignmentMustBeExact) {
   ExpectExactSizeCountAndAlignment(QueryPayload(), 3, ParseQueryOf);
   ExpectExactSizeCountAndAlignment(PartialPayload(), 2, ParsePartialOf);
-  ExpectExactSizeCountAndAlignment(KvPayload(), 3, ParseKv);
+  ExpectExactSizeCountAndAlignment(KvPayload(), 3, ParseKvOf);
   ExpectExactSizeCountAndAlignment(KeyMeanPayload(), 2, ParseKeyMean);
 }
 
@@ -129,7 +116,7 @@ TEST(Messages, SizesThatDoNotFit64BitsAreRefused) {
   auto kv = KvPayload();
   const KvEntry bad_kv{1, 0, 0, kMax, 1, 0};
   std::memcpy(kv.data(), &bad_kv, sizeof(bad_kv));
-  EXPECT_FALSE(ParseKv(huge, 1, kv, &why));
+  EXPECT_FALSE(ParseKvOf(huge, 1, kv, &why));
   EXPECT_FALSE(ParsePartialOf(huge, 1, PartialPayload(), &why));
   EXPECT_FALSE(ParseKeyMean(huge, 1, KeyMeanPayload(), &why));
 }
@@ -138,13 +125,17 @@ TEST(Messages, PayloadsAboveTheLimitAreRefused) {
   const WireShape large{
       .layers = 1, .kv_heads = 1, .group = 1, .head_dim = 128, .l = 1, .max_tokens = 1u << 20};
   const KvEntry fits{1, 0, 0, 32767, 0, 0};  // 512 bytes a token
-  EXPECT_LE(BuildKv(large, std::span(&fits, 1), nullptr).size(), kMaxPayloadBytes);
+  const std::vector<bf16> rows(size_t{32768} * 256);
+  const KvSource source{rows.data(), nullptr};
+  Pieces pieces;
+  const auto entries = BuildKv(large, {&fits, 1}, {&source, 1}, &pieces);
+  EXPECT_LE(Joined(entries, pieces).size(), kMaxPayloadBytes);
   const KvEntry above{1, 0, 0, 32768, 0, 0};
-  EXPECT_THROW(BuildKv(large, std::span(&above, 1), nullptr), Error);
+  EXPECT_THROW(BuildKv(large, {&above, 1}, {&source, 1}, &pieces), Error);
   std::vector<std::byte> payload(sizeof(KvEntry) + uint64_t{32768} * 512);
   std::memcpy(payload.data(), &above, sizeof(above));
   std::string why;
-  EXPECT_FALSE(ParseKv(large, 1, payload, &why));
+  EXPECT_FALSE(ParseKvOf(large, 1, payload, &why));
   EXPECT_EQ(why, "payload above the limit");
 }
 
@@ -224,11 +215,10 @@ TEST(Messages, MutatedPayloadsNeverReachOutside) {
            EXPECT_LT(v.entry.kv_head, kShape.kv_heads);
            return Sum(p, v.max) + Sum(p, v.den) + Sum(p, v.num);
          });
-  Mutate(KvPayload(), 3, sizeof(KvEntry), ParseKv,
+  Mutate(KvPayload(), 3, sizeof(KvEntry), ParseKvOf,
          [](std::span<const std::byte> p, const KvView& v) {
            EXPECT_LE(v.entry.first_token + v.entry.count, kShape.max_tokens);
            EXPECT_EQ(v.rows.size(), v.entry.count * 32u);
-           for (const uint16_t c : v.codes) EXPECT_LE(c, kCode);
            return Sum(p, v.rows) + Sum(p, v.codes);
          });
   Mutate(KeyMeanPayload(), 2, sizeof(KeyMeanEntry), ParseKeyMean,

@@ -59,7 +59,7 @@ TEST(Messages, PartialRoundTrip) {
 TEST(Messages, KvRoundTrip) {
   const auto payload = KvPayload();
   std::string why;
-  const auto views = ParseKv(kShape, 3, payload, &why);
+  const auto views = ParseKvOf(kShape, 3, payload, &why);
   ASSERT_TRUE(views) << why;
   ASSERT_EQ(views->size(), 3u);
   uint32_t n = 1;

@@ -25,8 +25,7 @@ inline const WireShape kShape{.layers = 4,
                               .head_dim = 16,
                               .l = 5,
                               .max_tokens = 4096,
-                              .max_entries = 100,
-                              .k = 10};
+                              .max_entries = 100};
 inline constexpr uint16_t kCode = 1023;  // the largest of 10 bits
 
 // A copy with nothing readable behind it (for ASan), aligned to 16 bytes plus `shift`.
@@ -118,11 +117,20 @@ inline std::vector<std::byte> PartialPayload() {
   return Joined(std::move(out), pieces);
 }
 inline std::vector<std::byte> KvPayload() {
-  std::vector<KvSpace> spaces;
-  auto out = BuildKv(kShape, KvEntries(), &spaces);
+  const auto entries = KvEntries();
+  std::vector<std::vector<bf16>> rows;
+  std::vector<std::vector<uint16_t>> codes;
+  std::vector<KvSource> sources;
   uint32_t n = 1;
-  for (auto& s : spaces) Fill(s.rows, &n), Fill(s.codes, &n);
-  return out;
+  for (const KvEntry& e : entries) {
+    Fill(std::span(rows.emplace_back(size_t{e.count} * 2 * kShape.head_dim)), &n);
+    codes.emplace_back(e.has_codes ? size_t{e.count} * kShape.l : 0);
+    Fill(std::span(codes.back()), &n);
+    sources.push_back({rows.back().data(), e.has_codes ? codes.back().data() : nullptr});
+  }
+  Pieces pieces;
+  auto out = BuildKv(kShape, entries, sources, &pieces);
+  return Joined(std::move(out), pieces);
 }
 inline std::vector<std::byte> KeyMeanPayload() {
   std::vector<std::span<float>> spaces;
@@ -140,6 +148,10 @@ inline auto ParseQueryOf(const WireShape& shape, uint32_t count, std::span<const
 inline auto ParsePartialOf(const WireShape& shape, uint32_t count,
                            std::span<const std::byte> payload, std::string* why) {
   return ParsePartial(shape, count, {&payload, 1}, why);
+}
+inline auto ParseKvOf(const WireShape& shape, uint32_t count, std::span<const std::byte> payload,
+                      std::string* why) {
+  return ParseKv(shape, count, {&payload, 1}, why);
 }
 
 }  // namespace passel::cluster

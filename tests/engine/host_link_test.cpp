@@ -80,18 +80,21 @@ class Model {
     const auto d = static_cast<size_t>(spec_.head_dim);
     const auto heads = static_cast<size_t>(spec_.kv_heads);
     const size_t l = job().wire_shape().l;
-    std::vector<bf16> k(count * heads * d), v(count * heads * d);
-    std::vector<uint16_t> codes(count * heads * l);
-    for (uint64_t t = 0; t < count; ++t) {
-      for (size_t h = 0; h < heads; ++h) {
-        const bf16* row = &Data(layer, h).rows[(first + t) * 2 * d];
-        std::copy_n(row, d, &k[(t * heads + h) * d]);
-        std::copy_n(row + d, d, &v[(t * heads + h) * d]);
-        if (l == 0) continue;
-        std::copy_n(&codes_[Index(layer, h)].keys[(first + t) * l], l, &codes[(t * heads + h) * l]);
-      }
+    struct Memory {
+      std::vector<bf16> kv;
+      std::vector<uint16_t> codes;
+    };
+    const auto memory = std::make_shared<Memory>();
+    for (size_t h = 0; h < heads; ++h) {
+      const auto* rows = &Data(layer, h).rows[first * 2 * d];
+      memory->kv.insert(memory->kv.end(), rows, rows + count * 2 * d);
+      if (l == 0) continue;
+      const auto* codes = &codes_[Index(layer, h)].keys[first * l];
+      memory->codes.insert(memory->codes.end(), codes, codes + count * l);
     }
-    link_->SendKv(hosted, layer, first, count, k.data(), v.data(), l > 0 ? codes.data() : nullptr);
+    const KvRun run{&hosted, first, count, 0};
+    link_->SendKv(layer, {&run, 1}, count, memory->kv.data(),
+                  l > 0 ? memory->codes.data() : nullptr, memory);
   }
 
   void SendMeans(const HostedRequest& hosted) {

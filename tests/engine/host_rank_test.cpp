@@ -39,7 +39,7 @@ class HostRankTest : public testing::Test {
         tokens_(hosts_.job().Offloaded(kPrompt)),
         data_(host::reference::WithBf16Queries(
             host::reference::MakeData(1, tokens_, shape_.head_dim, shape_.group))),
-        codes_(host::reference::Hash(data_, hosts_.job().config.attention().seed(), shape_.k,
+        codes_(host::reference::Hash(data_, hosts_.job().config.attention().seed(), Bits(),
                                      shape_.l)) {
     spdlog::set_level(spdlog::level::off);  // thousands of warnings, all meant
     hosts_.channel().SetFrameHandler([this](const FrameHeader& h, std::span<const std::byte> p) {
@@ -99,25 +99,27 @@ class HostRankTest : public testing::Test {
     open.set_mode(static_cast<uint32_t>(cluster::PlacementMode::kRequest));
     return ControlFrame(message);
   }
+  uint32_t Bits() const { return hosts_.job().config.attention().k(); }
   // Frames that bring the tokens of KV head 0, layer 0.
   std::vector<Frame> KvFrames(uint64_t request) const {
     std::vector<Frame> out;
     for (const host::SegmentSpec& s : hosts_.job().Segments(kPrompt, 20)) {
       if (!s.prompt) continue;
-      const cluster::KvEntry entry{request, s.first_token, 0, static_cast<uint32_t>(s.capacity), 1,
-                                   0};
-      std::vector<cluster::KvSpace> spaces;
-      Frame f;
-      f.payload = cluster::BuildKv(shape_, {&entry, 1}, &spaces);
-      std::copy_n(&data_.rows[s.first_token * 2 * shape_.head_dim], spaces[0].rows.size(),
-                  spaces[0].rows.begin());
-      std::copy_n(&codes_.keys[s.first_token * shape_.l], spaces[0].codes.size(),
-                  spaces[0].codes.begin());
-      f.header.type = FrameType::kKv;
-      f.header.count = 1;
-      out.push_back(std::move(f));
+      out.push_back(KvFrame(request, s.first_token, static_cast<uint32_t>(s.capacity)));
     }
     return out;
+  }
+  Frame KvFrame(uint64_t request, uint64_t first, uint32_t count) const {
+    const cluster::KvEntry entry{request, first, 0, count, 1, 0};
+    const cluster::KvSource source{&data_.rows[first * 2 * shape_.head_dim],
+                                   &codes_.keys[first * shape_.l]};
+    cluster::Pieces pieces;
+    Frame f;
+    auto entries = cluster::BuildKv(shape_, {&entry, 1}, {&source, 1}, &pieces);
+    f.payload = cluster::Joined(std::move(entries), pieces);
+    f.header.type = FrameType::kKv;
+    f.header.count = 1;
+    return f;
   }
   Frame MeanFrame(uint64_t request) const {
     const cluster::KeyMeanEntry entry{request, 0, 0};
@@ -167,7 +169,7 @@ class HostRankTest : public testing::Test {
     const auto& v = (*views)[0];
     for (uint32_t g = 0; g < shape_.group; ++g) {
       const auto ids = host::reference::Sampled(codes_, g, shape_.l, 0, tokens_);
-      const auto exact = host::reference::Attend(data_, g, ids, shape_.k, shape_.l);
+      const auto exact = host::reference::Attend(data_, g, ids, Bits(), shape_.l);
       std::vector<float> num(shape_.head_dim);
       std::ranges::transform(v.num.subspan(size_t{g} * num.size(), num.size()), num.begin(),
                              ToFloat);
@@ -202,13 +204,7 @@ TEST_F(HostRankTest, TokensMayComeInAnyOrderAndTwice) {
   const uint32_t half = entry->count / 2;
   for (const uint32_t first : {half, 0u}) {
     const uint32_t count = first == 0 ? half : entry->count - half;
-    const cluster::KvEntry part{1, first, 0, count, 1, 0};
-    std::vector<cluster::KvSpace> spaces;
-    Frame f{frames[0].header, cluster::BuildKv(shape_, {&part, 1}, &spaces)};
-    std::copy_n(&data_.rows[size_t{first} * 2 * shape_.head_dim], spaces[0].rows.size(),
-                spaces[0].rows.begin());
-    std::copy_n(&codes_.keys[size_t{first} * shape_.l], spaces[0].codes.size(),
-                spaces[0].codes.begin());
+    const Frame f = KvFrame(1, first, count);
     Send(f);
     Send(f);
     Send(frames[1]);

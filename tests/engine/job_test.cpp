@@ -122,8 +122,7 @@ TEST(Job, WithoutHostsEveryLayerIsResident) {
   for (const auto kind : job.layer_kinds()) EXPECT_EQ(kind, Job::LayerKind::kResident);
 }
 
-TEST(Job, TheWireKnowsTheBitsOfACode) {
-  EXPECT_EQ(MakeJob({.settings = {"attention.k=9"}}).wire_shape().k, 9u);
+TEST(Job, TheWireKnowsTheCodesOfAVector) {
   EXPECT_EQ(MakeJob({.settings = {"attention.l=33"}}).wire_shape().l, 33u);
   EXPECT_EQ(MakeJob({.settings = {"attention.estimator=FULL"}}).wire_shape().l, 0u);
 }

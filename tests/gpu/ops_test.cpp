@@ -209,6 +209,39 @@ TEST(Add, Adds) {
   EXPECT_THROW(device->Add(into.tensor, delta.tensor.Rows(2, 2)), Error);
 }
 
+TEST(PackKv, PutsHeadsOneBehindTheOther) {
+  const auto device = MakeDevice();
+  Random random(6);
+  for (const auto& [n, heads, dim] :
+       {std::tuple{5, 3, 64}, std::tuple{700, 8, 128}, std::tuple{2, 1, 48}}) {
+    const int64_t cols = heads * dim;
+    const auto x = RoundToBf16(RandomFloats(random, n * cols));
+    const auto y = RoundToBf16(RandomFloats(random, n * cols));
+    DeviceMatrix k(*device, DType::kBf16, n, cols, 2), v(*device, DType::kBf16, n, cols);
+    DeviceMatrix packed(*device, DType::kBf16, n * heads, 2 * dim, 4);
+    k.Set(x);
+    v.Set(y);
+    device->PackKv(k.tensor, v.tensor, packed.tensor);
+    const auto got = packed.Get();
+    const auto host = device->AllocateStaging(static_cast<size_t>(2 * n * cols) * sizeof(bf16));
+    device->PackKv(k.tensor, v.tensor, {host->data(), DType::kBf16, n * heads, 2 * dim, 2 * dim});
+    device->Record()->Wait();
+    const auto* there = static_cast<const bf16*>(host->data());
+    for (int64_t h = 0; h < heads; ++h) {
+      for (int64_t i = 0; i < n; ++i) {
+        for (int64_t j = 0; j < 2 * dim; ++j) {
+          const auto at = static_cast<size_t>((h * n + i) * 2 * dim + j);
+          const float want = (j < dim ? x : y)[At(i, h * dim + j % dim, cols)];
+          ASSERT_EQ(got[at], want) << h << ' ' << i << ' ' << j;
+          ASSERT_EQ(ToFloat(there[at]), want);
+        }
+      }
+    }
+    EXPECT_THROW(device->PackKv(k.tensor, v.tensor, packed.tensor.Rows(0, 1)), Error);
+    EXPECT_THROW(device->PackKv(k.tensor, v.tensor.Cols(0, dim / 2), packed.tensor), Error);
+  }
+}
+
 TEST(ColumnMean, EqualsFloat64) {
   const auto device = MakeDevice();
   Random random(5);
@@ -303,6 +336,19 @@ TEST_P(HashCodes, AreTheSignsOfFloat64Projections) {
       DeviceMatrix apart(*device, DType::kU16, n, heads * l, 5);
       device->HashCodes(in.tensor, centred ? mean.tensor : Tensor{}, apart.tensor);
       EXPECT_EQ(apart.Raw<uint16_t>(), got);
+      // By head.
+      std::vector<uint16_t> by_head(got.size());
+      for (int64_t i = 0; i < n * heads; ++i) {
+        std::copy_n(got.begin() + i * l, l, by_head.begin() + (i % heads * n + i / heads) * l);
+      }
+      DeviceMatrix other(*device, DType::kU16, heads * n, l, 3);
+      device->HashCodes(in.tensor, centred ? mean.tensor : Tensor{}, other.tensor);
+      EXPECT_EQ(other.Raw<uint16_t>(), by_head);
+      device->HashCodes(in.tensor, centred ? mean.tensor : Tensor{},
+                        {host->data(), DType::kU16, heads * n, l, l});
+      device->Record()->Wait();
+      EXPECT_TRUE(std::equal(by_head.begin(), by_head.end(), codes_there));
+      EXPECT_THROW(device->HashCodes(in.tensor, Tensor{}, other.tensor.Rows(0, n)), Error);
     }
   }
 }

@@ -163,12 +163,15 @@ class Model {
     const auto cols = static_cast<size_t>(job_.model.kv_heads * job_.model.head_dim);
     Random random(5);
     const uint64_t piece = std::min<uint64_t>(a_.tokens, 2048);
-    std::vector<bf16> k(piece * cols), v(piece * cols);
-    std::vector<uint16_t> codes(piece * 8 * job_.wire_shape().l);
-    for (auto* rows : {&k, &v}) {
-      for (bf16& x : *rows) x = ToBf16(static_cast<float>(random.Normal()));
-    }
-    for (uint16_t& c : codes) c = static_cast<uint16_t>(random.Next() % 1024);
+    struct Memory {
+      std::vector<bf16> kv;
+      std::vector<uint16_t> codes;
+    };
+    const auto memory = std::make_shared<Memory>();
+    memory->kv.resize(2 * piece * cols);
+    memory->codes.resize(piece * 8 * job_.wire_shape().l);
+    for (bf16& x : memory->kv) x = ToBf16(static_cast<float>(random.Normal()));
+    for (uint16_t& c : memory->codes) c = static_cast<uint16_t>(random.Next() % 1024);
     requests_.resize(a_.batch);
     for (uint32_t i = 0; i < a_.batch; ++i) {
       engine::HostedRequest& hosted = requests_[i];
@@ -184,13 +187,14 @@ class Model {
       AskAll(message);
       for (uint32_t layer = 0; layer < a_.layers; ++layer) {
         for (uint64_t done = 0; done < a_.tokens; done += piece) {
-          link_.SendKv(hosted, static_cast<int32_t>(layer), done, std::min(piece, a_.tokens - done),
-                       k.data(), v.data(), codes.data());
-          while (link_.pending_bytes() > (uint64_t{64} << 20)) link_.Pump(milliseconds(1));
+          const engine::KvRun run{&hosted, done, std::min(piece, a_.tokens - done), 0};
+          link_.SendKv(static_cast<int32_t>(layer), {&run, 1}, piece, memory->kv.data(),
+                       memory->codes.data(), memory);
+          while (memory.use_count() > 16) link_.Pump(milliseconds(1));  // a frame under way each
         }
       }
     }
-    while (link_.pending_bytes() > 0) link_.Pump(milliseconds(1));
+    while (memory.use_count() > 1) link_.Pump(milliseconds(1));
     cluster::proto::Control message;
     message.mutable_stats_query();
     AskAll(message);
@@ -256,8 +260,7 @@ class Model {
   void Stop() {
     cluster::proto::Control message;
     message.mutable_shutdown();
-    link_.SendControlToAll(message);
-    while (link_.pending_bytes() > 0) link_.Pump(milliseconds(1));
+    link_.SendControlToAll(message);  // goes out before the channel closes
   }
 
   // hosts: by host, what their channels noted of rank 0's queries.
