@@ -117,8 +117,11 @@ class MicroBatch {
 
   // One new token of each sequence, in the cache after the step.
   void Start(std::span<Sequence* const> sequences, std::span<const int32_t> tokens, uint64_t step);
-  // Goes on as far as it can; true where it got anywhere.
-  bool Advance();
+  // Goes on as far as it can, and to the end of one layer and the beginning of the next at most.
+  void Advance();
+  // Whether the layer's query is on its way, which it is from this call on where it can be; so is
+  // that of a layer that asks nobody.
+  bool HandedOver();
   bool done() const { return state_ == State::kDone; }
   bool waits_for_hosts() const { return state_ == State::kHosts; }
   // Layers finished in this step.

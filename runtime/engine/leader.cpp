@@ -32,9 +32,8 @@ std::vector<uint64_t> HostBudgets(const Job& job) {
   return budgets;
 }
 
-// Prefill chunks of a layer between two decode steps: few where others wait for their next token.
+// Prefill chunks of a layer where nobody waits for a next token.
 constexpr uint32_t kPrefillStepsAlone = 32;
-constexpr uint32_t kPrefillStepsBetween = 4;
 
 }  // namespace
 
@@ -243,7 +242,9 @@ bool Leader::MakePlan(cluster::proto::StepPlan* plan) {
   plan->set_micro_batches(tuner_.Choose(static_cast<uint64_t>(plan->decode_size())));
   if (prefill) {
     plan->set_prefill(prefill->request.id.value);
-    plan->set_prefill_steps(plan->decode_size() > 0 ? kPrefillStepsBetween : kPrefillStepsAlone);
+    // One behind each layer of the others' decode step: a chunk of the prompt a step.
+    plan->set_prefill_steps(plan->decode_size() > 0 ? static_cast<uint32_t>(job_.model.layers)
+                                                    : kPrefillStepsAlone);
   }
   return plan->admit_size() + plan->release_size() + plan->decode_size() > 0 || prefill;
 }

@@ -101,21 +101,16 @@ void MicroBatch::Plan() {
   box_.values = {static_cast<float*>(reply_memory_->data()), floats};
 }
 
-bool MicroBatch::Advance() {
-  bool moved = false;
-  while (state_ != State::kDone) {
-    if (state_ == State::kLayer) BeginLayer();
-    if (state_ == State::kHandOver) {
-      if (!event_->Done()) return moved;
-      HandOver();
-    }
-    if (state_ == State::kHosts) {
-      if (!box_.complete()) return moved;
-      FinishLayer();
-    }
-    moved = true;
-  }
-  return moved;
+void MicroBatch::Advance() {
+  if (state_ == State::kLayer) BeginLayer();
+  if (!HandedOver() || state_ != State::kHosts || !box_.complete()) return;
+  FinishLayer();
+  if (state_ == State::kLayer) BeginLayer();
+}
+
+bool MicroBatch::HandedOver() {
+  if (state_ == State::kHandOver && event_->Done()) HandOver();
+  return state_ != State::kHandOver;
 }
 
 void MicroBatch::BeginLayer() {

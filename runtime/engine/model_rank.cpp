@@ -138,8 +138,11 @@ void ModelRank::Follow() {
 void ModelRank::Execute(const cluster::proto::StepPlan& plan, TokenHandler* handler) {
   for (const uint64_t id : plan.release()) Release(id);
   for (const auto& admit : plan.admit()) Admit(admit);
-  if (plan.decode_size() > 0) Decode(plan, handler);
-  if (plan.prefill_steps() > 0) Prefill(plan.prefill(), plan.prefill_steps(), handler);
+  if (plan.decode_size() > 0) {
+    Decode(plan, handler);
+  } else if (plan.prefill_steps() > 0) {
+    Prefill(plan.prefill(), plan.prefill_steps(), handler);
+  }
 }
 
 void ModelRank::Admit(const cluster::proto::StepPlan::Admit& admit) {
@@ -214,7 +217,20 @@ void ModelRank::Decode(const cluster::proto::StepPlan& plan, TokenHandler* handl
     running.back()->Start(sequences, tokens, plan.step());
     running.back()->Advance();
   }
-  // Micro-batches finish layers in turn, so that collectives come in the same order on every rank.
+  // Prefill is spread over the layers, each time behind a query: it has the device while hosts are
+  // at work.
+  const uint64_t layers = running.size() * static_cast<uint64_t>(job_.model.layers);
+  uint64_t finished = 0;
+  uint32_t prefilled = 0;
+  const auto prefill = [&](MicroBatch& behind) {
+    const auto due = static_cast<uint32_t>(plan.prefill_steps() * ++finished / layers);
+    if (due == prefilled) return;
+    while (!behind.HandedOver()) Pump(0);
+    Prefill(plan.prefill(), due - prefilled, handler);
+    prefilled = due;
+  };
+  // Micro-batches finish layers in turn, and prefill has its place between them, so that
+  // collectives come in the same order on every rank.
   size_t turn = 0;
   size_t left = running.size();
   for (const MicroBatch* m : running) left -= m->done();
@@ -232,6 +248,7 @@ void ModelRank::Decode(const cluster::proto::StepPlan& plan, TokenHandler* handl
     }
     left -= m.done();
     ++turn;
+    prefill(m);
   }
   for (const MicroBatch* m : running) {
     const auto n = static_cast<int64_t>(m->sequences().size());
@@ -241,6 +258,7 @@ void ModelRank::Decode(const cluster::proto::StepPlan& plan, TokenHandler* handl
 
 void ModelRank::Prefill(uint64_t id, uint32_t steps, TokenHandler* handler) {
   Live& live = sequences_.at(id);
+  if (live.sequence->tokens > 0) return;  // done
   // One request prefills at a time, so only one holds a layer's K and V of a whole prompt.
   if (!live.prefill) {
     live.prefill = std::make_unique<PrefillJob>(workspace_, *live.sequence, *prefill_activations_);
