@@ -136,6 +136,94 @@ struct Fixture {
   }
 };
 
+// Tokens in memory that is overwritten when it is let go.
+struct Sent {
+  std::vector<bf16> rows;
+  std::vector<uint16_t> codes;
+  std::atomic<int>* gone = nullptr;
+  ~Sent() {
+    std::fill(rows.begin(), rows.end(), ToBf16(1e30f));
+    std::fill(codes.begin(), codes.end(), uint16_t{0xffff});
+    if (gone != nullptr) ++*gone;
+  }
+};
+
+Status AppendFrom(HostAttention& host, const Fixture& f, RequestId request, uint32_t layer,
+                  uint64_t first, uint32_t count, std::atomic<int>* gone, uint16_t set_bits = 0) {
+  const auto* rows = &f.data.rows[first * 2 * f.data.d];
+  const auto* codes = &f.codes.keys[first * Fixture::kL];
+  const auto sent = std::make_shared<Sent>();
+  sent->rows.assign(rows, rows + size_t{count} * 2 * f.data.d);
+  sent->codes.assign(codes, codes + size_t{count} * Fixture::kL);
+  sent->codes.back() |= set_bits;
+  sent->gone = gone;
+  return host.Append({request, layer, 0, first, count, sent->rows.data(), sent->codes.data()},
+                     sent);
+}
+
+TEST(HostAttentionThreaded, WhatThreadsCopyIsWhatWasSent) {
+  Fixture f;
+  const auto plan = PlanSegments(3000, 1500, 1500);
+  for (const Estimator estimator : {Estimator::kLsh, Estimator::kFull}) {
+    f.options.estimator = estimator;
+    const Codes* codes = estimator == Estimator::kLsh ? &f.codes : nullptr;
+    HostAttention before(f.options);
+    reference::OpenOne(before, plan);
+    reference::AppendAll(before, f.data, &f.codes, Fixture::kL, plan, 500);
+    for (int repeat = 0; repeat < 10; ++repeat) {
+      HostAttention host(f.options);
+      reference::OpenOne(host, plan);
+      ASSERT_EQ(host.SetMean({RequestId(1), 0, 0, f.data.mean}), Status::kOk);
+      std::atomic<int> gone{0};
+      int sent = 0;
+      // Large spans and small ones, some of which begin with tokens that are there already.
+      for (const SegmentSpec& s : plan) {
+        for (uint64_t at = 0; at < s.capacity; at += 500, sent += 3) {
+          const uint64_t first = s.first_token + at;
+          ASSERT_EQ(AppendFrom(host, f, RequestId(1), 0, first, 400, &gone), Status::kOk);
+          ASSERT_EQ(AppendFrom(host, f, RequestId(1), 0, first + 200, 250, &gone), Status::kOk);
+          ASSERT_EQ(AppendFrom(host, f, RequestId(1), 0, first + 450, 50, &gone), Status::kOk);
+        }
+      }
+      for (const uint64_t tokens : {4500u, 3000u, 1700u}) {
+        ASSERT_TRUE(host.Ready(RequestId(1), 0, 0, tokens));
+        AttendBatch batch, same;
+        batch.items = {reference::ItemOf(f.data, codes, tokens)};
+        same.items = batch.items;
+        const auto got = reference::Wait(host, std::move(batch));
+        const auto want = reference::Wait(before, std::move(same));
+        ASSERT_EQ(got.size(), want.size());
+        for (size_t i = 0; i < got.size(); ++i) {
+          EXPECT_EQ(got[i].status, Status::kOk);
+          EXPECT_EQ(got[i].sampled, want[i].sampled);
+          EXPECT_TRUE(std::ranges::equal(got[i].values, want[i].values));
+        }
+      }
+      while (gone != sent) std::this_thread::yield();
+    }
+  }
+}
+
+TEST(HostAttentionThreaded, CodesOutOfRangeFailTheQueriesOfTheirSegmentAlone) {
+  Fixture f;
+  HostAttention host(f.options);
+  const auto plan = PlanSegments(3000, 0, 1500);
+  reference::OpenOne(host, plan);
+  ASSERT_EQ(AppendFrom(host, f, RequestId(1), 0, 0, 1500, nullptr, 1 << Fixture::kK), Status::kOk);
+  ASSERT_EQ(AppendFrom(host, f, RequestId(1), 0, 1500, 1500, nullptr), Status::kOk);
+  AttendBatch batch;
+  batch.items = {reference::ItemOf(f.data, &f.codes, 3000)};
+  const auto partials = reference::Wait(host, std::move(batch));
+  ASSERT_EQ(partials.size(), 2u);
+  EXPECT_EQ(partials[0].status, Status::kBadArgument);
+  EXPECT_EQ(partials[1].status, Status::kOk);
+  // Of few tokens it is said at once, and they are not taken.
+  HostAttention other(f.options);
+  reference::OpenOne(other, plan);
+  EXPECT_EQ(AppendFrom(other, f, RequestId(1), 0, 0, 10, nullptr, 0x8000), Status::kBadArgument);
+  EXPECT_FALSE(other.Ready(RequestId(1), 0, 0, 1));
+}
+
 TEST(HostAttentionThreaded, QueriesInFlightWhileTokensComeAndBlocksMerge) {
   Fixture f;
   HostAttention host(f.options);
@@ -209,11 +297,21 @@ TEST(HostAttentionThreaded, ReleaseInFlightReturnsAccountingToZero) {
     for (uint32_t s = 0; s < plan.size(); ++s) spec.parts.push_back({0, s, plan[s]});
     host.Open(spec);
     for (const SegmentSpec& s : plan) {
-      ASSERT_EQ(
-          host.Append({RequestId(life), 1, 0, s.first_token, static_cast<uint32_t>(s.capacity),
-                       &f.data.rows[s.first_token * 2 * f.data.d],
-                       &f.codes.keys[s.first_token * Fixture::kL]}),
-          Status::kOk);
+      const auto count = static_cast<uint32_t>(s.capacity);
+      if (life % 2 == 0) {
+        ASSERT_EQ(AppendFrom(host, f, RequestId(life), 1, s.first_token, count, nullptr),
+                  Status::kOk);
+        continue;
+      }
+      ASSERT_EQ(host.Append({RequestId(life), 1, 0, s.first_token, count,
+                             &f.data.rows[s.first_token * 2 * f.data.d],
+                             &f.codes.keys[s.first_token * Fixture::kL]}),
+                Status::kOk);
+    }
+    // Some are gone before anyone asks.
+    if (life % 7 == 0) {
+      host.Release(RequestId(life));
+      continue;
     }
     AttendBatch batch;
     batch.layer = 1;
