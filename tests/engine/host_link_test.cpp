@@ -11,6 +11,7 @@
 
 #include "runtime/base/partial.h"
 #include "runtime/base/random.h"
+#include "runtime/engine/staging_ring.h"
 #include "tests/cluster/joined.h"
 #include "tests/engine/host_threads.h"
 #include "tests/host_attention/reference.h"
@@ -80,21 +81,24 @@ class Model {
     const auto d = static_cast<size_t>(spec_.head_dim);
     const auto heads = static_cast<size_t>(spec_.kv_heads);
     const size_t l = job().wire_shape().l;
-    struct Memory {
-      std::vector<bf16> kv;
-      std::vector<uint16_t> codes;
-    };
-    const auto memory = std::make_shared<Memory>();
+    // Two slots: tokens wait for those before the last to have been taken, and for no others.
+    const size_t kv_bytes = count * heads * 2 * d * sizeof(bf16);
+    const size_t bytes = kv_bytes + count * heads * l * sizeof(uint16_t);
+    if (!ring_ || slot_bytes_ < bytes) {
+      slot_bytes_ = bytes;
+      ring_ = std::make_unique<StagingRing>(*link_, *device_, bytes, 2);
+    }
+    const std::shared_ptr<std::byte> slot = ring_->Take();
+    std::fill_n(slot.get(), slot_bytes_, std::byte{0xff});
+    auto* kv = reinterpret_cast<bf16*>(slot.get());
+    auto* codes = reinterpret_cast<uint16_t*>(slot.get() + kv_bytes);
     for (size_t h = 0; h < heads; ++h) {
-      const auto* rows = &Data(layer, h).rows[first * 2 * d];
-      memory->kv.insert(memory->kv.end(), rows, rows + count * 2 * d);
+      std::copy_n(&Data(layer, h).rows[first * 2 * d], count * 2 * d, kv + h * count * 2 * d);
       if (l == 0) continue;
-      const auto* codes = &codes_[Index(layer, h)].keys[first * l];
-      memory->codes.insert(memory->codes.end(), codes, codes + count * l);
+      std::copy_n(&codes_[Index(layer, h)].keys[first * l], count * l, codes + h * count * l);
     }
     const KvRun run{&hosted, first, count, 0};
-    link_->SendKv(layer, {&run, 1}, count, memory->kv.data(),
-                  l > 0 ? memory->codes.data() : nullptr, memory);
+    link_->SendKv(layer, {&run, 1}, count, kv, l > 0 ? codes : nullptr, slot);
   }
 
   void SendMeans(const HostedRequest& hosted) {
@@ -183,6 +187,9 @@ class Model {
   HostThreads hosts_;
   model::TensorSlice slice_;
   std::unique_ptr<HostLink> link_;
+  std::unique_ptr<gpu::Device> device_ = gpu::MakeCpuDevice({.threads = 1});
+  std::unique_ptr<StagingRing> ring_;
+  size_t slot_bytes_ = 0;
   std::vector<QueryFrame> plan_;
   std::vector<float> values_;  // of the replies
   uint32_t opened_ = 0;
