@@ -142,7 +142,7 @@ Status Segment::Append(uint64_t first, uint32_t count, const bf16* rows, const u
   }
   StoreRows(at, fresh, rows);
   if (hashed) AddCodes(at, fresh, codes);
-  if (seals) EndWork();
+  if (seals) EndWork(shared_from_this());
   return Status::kOk;
 }
 
@@ -155,7 +155,6 @@ void Segment::StoreRows(uint64_t first, uint32_t count, const bf16* rows) {
 
 void Segment::StartCopy(uint64_t first, uint32_t count, const bf16* rows, const uint16_t* codes,
                         std::shared_ptr<const void> memory) {
-  const auto self = shared_from_this();
   pool_.ForEach(
       Pool::Lane::kBackground, CeilDiv(count, kTokensPerCopy),
       [=, this](size_t slice) {
@@ -164,9 +163,9 @@ void Segment::StartCopy(uint64_t first, uint32_t count, const bf16* rows, const 
              rows + size_t{begin} * 2 * options_.head_dim,
              codes == nullptr ? nullptr : codes + size_t{begin} * options_.l);
       },
-      [self, memory = std::move(memory)]() mutable {
+      [self = shared_from_this(), memory = std::move(memory)]() mutable {
         memory.reset();
-        self->EndWork();
+        EndWork(std::move(self));
       });
 }
 
@@ -189,20 +188,21 @@ void Segment::BeginWork() {
   settling_ = true;
 }
 
-void Segment::EndWork() {
+void Segment::EndWork(std::shared_ptr<Segment> self) {
   std::vector<std::function<void()>> waiting;
   bool seals = false;
   {
-    const std::lock_guard lock(mutex_);
-    if (work_ == 1 && seal_due_) {
+    const std::lock_guard lock(self->mutex_);
+    if (self->work_ == 1 && self->seal_due_) {
       seals = true;  // in this work's place
-      seal_due_ = false;
-    } else if (--work_ == 0) {
-      settling_ = false;
-      waiting.swap(waiting_);
+      self->seal_due_ = false;
+    } else if (--self->work_ == 0) {
+      self->settling_ = false;
+      waiting.swap(self->waiting_);
     }
   }
-  if (seals) StartSeal();
+  if (seals) self->StartSeal();
+  self.reset();
   for (const auto& then : waiting) then();
 }
 
@@ -240,7 +240,7 @@ void Segment::StartSeal() {
           prompt_->SealTable(t, SortScratch());
         }
       },
-      [self = shared_from_this()] { self->EndWork(); });
+      [self = shared_from_this()]() mutable { EndWork(std::move(self)); });
 }
 
 bool Segment::WhenSettled(std::function<void()> then) const {

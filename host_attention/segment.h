@@ -100,9 +100,10 @@ class Segment : public std::enable_shared_from_this<Segment> {
   void StartCopy(uint64_t first, uint32_t count, const bf16* rows, const uint16_t* codes,
                  std::shared_ptr<const void> memory);
   void Copy(uint64_t first, uint32_t count, const bf16* rows, const uint16_t* codes);
-  // Around what must be done before a query; the last to end seals, where that is due.
+  // Around what must be done before a query; the last to end seals, where that is due. `self` is
+  // let go of before queries go on, which may be the last to have the segment.
   void BeginWork();
-  void EndWork();
+  static void EndWork(std::shared_ptr<Segment> self);
   void StartSeal();
   void StartMerge();
   // The blocks to be merged into one next; empty if none are. Under the mutex.

@@ -149,9 +149,12 @@ class Churn {
       const uint64_t first =
           life.present - std::min(Draw(4) == 0 ? Draw(20) : 0, life.present - s.first_token);
       const uint64_t last = life.present + count;
-      ASSERT_EQ(host_->Append({RequestId(id), 0, 0, first, static_cast<uint32_t>(last - first),
-                               &data_.rows[first * 2 * data_.d], &codes_.keys[first * kL]}),
-                Status::kOk);
+      const auto tokens = static_cast<uint32_t>(last - first);
+      const auto sent = std::make_shared<reference::Sent>(data_, codes_, kL, first, tokens);
+      ASSERT_EQ(
+          host_->Append({RequestId(id), 0, 0, first, tokens, sent->rows.data(), sent->codes.data()},
+                        Draw(2) == 0 ? sent : nullptr),
+          Status::kOk);
       life.present = last;
       return;
     }

@@ -223,6 +223,19 @@ void AppendAll(HostAttention& host, const Data& data, const Codes* codes, uint32
   }
 }
 
+Sent::Sent(const Data& data, const Codes& all, uint32_t l, uint64_t first, uint32_t count) {
+  const bf16* from = &data.rows[first * 2 * data.d];
+  rows.assign(from, from + size_t{count} * 2 * data.d);
+  const uint16_t* from_codes = &all.keys[first * l];
+  codes.assign(from_codes, from_codes + size_t{count} * l);
+}
+
+Sent::~Sent() {
+  std::fill(rows.begin(), rows.end(), ToBf16(1e30f));
+  std::fill(codes.begin(), codes.end(), uint16_t{0xffff});
+  if (gone != nullptr) ++*gone;
+}
+
 QueryItem ItemOf(const Data& data, const Codes* codes, uint64_t tokens) {
   return {RequestId(1),  0,
           tokens,        codes == nullptr,

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <atomic>
 #include <condition_variable>
 #include <cstdint>
 #include <functional>
@@ -68,6 +69,16 @@ void OpenOne(HostAttention& host, const std::vector<SegmentSpec>& plan,
 void AppendAll(HostAttention& host, const Data& data, const Codes* codes, uint32_t l,
                const std::vector<SegmentSpec>& plan, uint64_t step = 100,
                const std::vector<uint32_t>& segments = {});
+// Tokens [first, first + count) as a sender has them, overwritten when they are let go.
+struct Sent {
+  std::vector<bf16> rows;
+  std::vector<uint16_t> codes;
+  std::atomic<int>* gone = nullptr;  // counts
+  Sent(const Data& data, const Codes& all, uint32_t l, uint64_t first, uint32_t count);
+  Sent(const Sent&) = delete;
+  Sent& operator=(const Sent&) = delete;
+  ~Sent();
+};
 QueryItem ItemOf(const Data& data, const Codes* codes, uint64_t tokens);
 
 }  // namespace passel::host::reference

@@ -136,25 +136,9 @@ struct Fixture {
   }
 };
 
-// Tokens in memory that is overwritten when it is let go.
-struct Sent {
-  std::vector<bf16> rows;
-  std::vector<uint16_t> codes;
-  std::atomic<int>* gone = nullptr;
-  ~Sent() {
-    std::fill(rows.begin(), rows.end(), ToBf16(1e30f));
-    std::fill(codes.begin(), codes.end(), uint16_t{0xffff});
-    if (gone != nullptr) ++*gone;
-  }
-};
-
 Status AppendFrom(HostAttention& host, const Fixture& f, RequestId request, uint32_t layer,
                   uint64_t first, uint32_t count, std::atomic<int>* gone, uint16_t set_bits = 0) {
-  const auto* rows = &f.data.rows[first * 2 * f.data.d];
-  const auto* codes = &f.codes.keys[first * Fixture::kL];
-  const auto sent = std::make_shared<Sent>();
-  sent->rows.assign(rows, rows + size_t{count} * 2 * f.data.d);
-  sent->codes.assign(codes, codes + size_t{count} * Fixture::kL);
+  const auto sent = std::make_shared<reference::Sent>(f.data, f.codes, Fixture::kL, first, count);
   sent->codes.back() |= set_bits;
   sent->gone = gone;
   return host.Append({request, layer, 0, first, count, sent->rows.data(), sent->codes.data()},
