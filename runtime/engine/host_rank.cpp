@@ -3,7 +3,6 @@
 #include <spdlog/spdlog.h>
 
 #include <algorithm>
-#include <bit>
 #include <cstring>
 
 #include "runtime/base/error.h"
@@ -203,27 +202,6 @@ void HostRank::OnKeyMean(const transport::FrameHeader& header, std::span<const s
     if (status != host::Status::kOk) Drop(header, "mean not taken");
   }
   RetryWaiting();
-}
-
-std::shared_ptr<float> HostRank::ReplyMemory::Take(size_t floats) {
-  const size_t bytes = std::bit_ceil(std::max(floats * sizeof(float), kSmallest));
-  const auto in = [](const std::shared_ptr<transport::SharedMemory>& block) {
-    return std::shared_ptr<float>(block, reinterpret_cast<float*>(block->bytes().data()));
-  };
-  std::shared_ptr<transport::SharedMemory>* small = nullptr;
-  for (auto& block : blocks_) {
-    if (block.use_count() > 1) continue;
-    if (block->bytes().size() >= bytes) return in(block);
-    small = &block;
-  }
-  if (bytes <= kLargest && (blocks_.size() < kMost || small != nullptr)) {
-    if (auto block = channel_.ShareMemory(bytes, readers_)) {
-      if (blocks_.size() < kMost) small = &blocks_.emplace_back();
-      *small = std::move(block);
-      return in(*small);
-    }
-  }
-  return {new float[floats], std::default_delete<float[]>()};
 }
 
 void HostRank::OnQuery(const transport::FrameHeader& header, transport::IncomingPayload& payload) {

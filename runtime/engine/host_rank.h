@@ -15,6 +15,7 @@
 #include "cluster/control.pb.h"
 #include "host_attention/host_attention.h"
 #include "runtime/engine/job.h"
+#include "runtime/engine/reply_memory.h"
 #include "transport/channel.h"
 #include "transport/payload_pool.h"
 
@@ -43,22 +44,6 @@ class HostRank {
       for (const auto& v : views) bytes += v.q.size_bytes() + v.codes.size_bytes();
       return bytes;
     }
-  };
-
-  // Memory of replies, used again: model ranks on this machine read them where they lie.
-  class ReplyMemory {
-   public:
-    ReplyMemory(transport::Channel& channel, std::vector<RankId> readers)
-        : channel_(channel), readers_(std::move(readers)) {}
-    // Of this rank's thread; it may go in any.
-    std::shared_ptr<float> Take(size_t floats);
-
-   private:
-    // What is kept: 32 MiB.
-    static constexpr size_t kMost = 16, kSmallest = size_t{1} << 16, kLargest = size_t{1} << 21;
-    transport::Channel& channel_;
-    std::vector<RankId> readers_;
-    std::vector<std::shared_ptr<transport::SharedMemory>> blocks_;
   };
 
   // K and V that came before those of the tokens in front of them: a small frame may overtake a
