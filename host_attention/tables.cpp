@@ -1,9 +1,41 @@
 #include "host_attention/tables.h"
 
+#include <emmintrin.h>
+
 #include <algorithm>
 #include <utility>
 
+#include "host_attention/prefetch.h"
+
 namespace passel::host {
+namespace {
+
+// to[j · to_stride + i] = from[i · from_stride + j] for 8 i and 8 j.
+void Transpose8(const uint16_t* from, size_t from_stride, uint16_t* to, size_t to_stride) {
+  __m128i a[8], b[8];
+  for (size_t i = 0; i < 8; ++i) {
+    a[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i * from_stride));
+  }
+  for (size_t i = 0; i < 4; ++i) {
+    b[2 * i] = _mm_unpacklo_epi16(a[2 * i], a[2 * i + 1]);
+    b[2 * i + 1] = _mm_unpackhi_epi16(a[2 * i], a[2 * i + 1]);
+  }
+  for (size_t i = 0; i < 2; ++i) {
+    for (size_t half = 0; half < 2; ++half) {
+      a[4 * i + 2 * half] = _mm_unpacklo_epi32(b[4 * i + half], b[4 * i + 2 + half]);
+      a[4 * i + 2 * half + 1] = _mm_unpackhi_epi32(b[4 * i + half], b[4 * i + 2 + half]);
+    }
+  }
+  for (size_t j = 0; j < 4; ++j) {
+    b[2 * j] = _mm_unpacklo_epi64(a[j], a[4 + j]);
+    b[2 * j + 1] = _mm_unpackhi_epi64(a[j], a[4 + j]);
+  }
+  for (size_t j = 0; j < 8; ++j) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + j * to_stride), b[j]);
+  }
+}
+
+}  // namespace
 
 bool UsesCsr(uint32_t tokens, uint32_t k) { return tokens >= 1024 && tokens >= (1u << k); }
 
@@ -66,14 +98,23 @@ TableBlock::~TableBlock() {
 }
 
 void TableBlock::PutCodes(uint32_t index, uint32_t count, const uint16_t* codes) {
-  // Tables lie far apart: a cache line of each is filled at a time.
-  constexpr uint32_t kRun = 32;
-  for (uint32_t at = 0; at < count; at += kRun) {
-    const uint32_t run = std::min(kRun, count - at);
+  // Tables lie far apart: a cache line of each is filled at a time, and asked for ahead.
+  constexpr uint32_t kRun = 32, kAhead = 16;
+  for (uint32_t at = 0, run = 0; at < count; at += run) {
+    run = std::min(kRun - (index + at) % kRun, count - at);
     const uint16_t* from = codes + size_t{at} * l_;
-    for (uint32_t t = 0; t < l_; ++t) {
-      uint16_t* to = Ids(t) + index + at;
-      for (uint32_t i = 0; i < run; ++i) to[i] = from[size_t{i} * l_ + t];
+    uint16_t* to = ids_ + index + at;
+    uint32_t t = 0;
+    for (; run == kRun && t + 8 <= l_; t += 8) {
+      for (uint32_t ahead = t + kAhead; ahead < std::min(t + kAhead + 8, l_); ++ahead) {
+        PrefetchToWrite(to + ahead * stride_);
+      }
+      for (uint32_t i = 0; i < kRun; i += 8) {
+        Transpose8(from + size_t{i} * l_ + t, l_, to + t * stride_ + i, stride_);
+      }
+    }
+    for (; t < l_; ++t) {
+      for (uint32_t i = 0; i < run; ++i) to[t * stride_ + i] = from[size_t{i} * l_ + t];
     }
   }
 }
