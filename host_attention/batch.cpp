@@ -187,6 +187,10 @@ void Batch::RunUnit(size_t index, const Partials& out) {
   const Unit& unit = units_[index];
   const QueryItem& item = batch_.items[unit.item];
   const SegmentView& view = items_[unit.item].views[unit.view];
+  if (view.segment->damaged()) {
+    sampled_[index] = kRefused;
+    return;
+  }
   if (unit.head == kAllHeads) {
     RunExact(index, view, QueryOf(unit), out);
     return;
@@ -222,7 +226,7 @@ void Batch::RunLsh(size_t index, const SegmentView& view, const Partials& out) {
   Scratch& scratch = Scratch::Local();
   const uint64_t start = batch_.times != nullptr ? Nanoseconds() : 0;
   const uint16_t* codes = CodesOf(unit);
-  if (codes == nullptr || view.segment->damaged()) {
+  if (codes == nullptr) {
     sampled_[index] = kRefused;
     return;
   }

@@ -387,6 +387,7 @@ void HostAttention::Impl::Start(const std::shared_ptr<Batch>& batch,
   for (const Batch::Item& item : batch->items()) {
     for (const SegmentView& view : item.views) {
       if (!view.segment->settling()) continue;
+      if (view.sampled == 0 && view.segment->sealing()) continue;  // needs no table
       gate->waiting.fetch_add(1);
       if (!view.segment->WhenSettled(arrive)) gate->waiting.fetch_sub(1);
     }

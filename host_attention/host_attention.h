@@ -180,9 +180,10 @@ class HostAttention {
   // Before queries that need it; without, keys count as hashed uncentred (mean 0).
   Status SetMean(const KeyMean& mean);
   // Appended in order: a gap gives kMissingTokens. The rows and codes are copied before this
-  // returns or, where `memory` is given, by the threads, which then let go of it: others may write
-  // to what it holds, and codes that are out of range when they are copied make queries of the
-  // segment fail (PartialItem::status). All spans of a segment have codes or none has; a segment
+  // returns or, where `memory` is given and they are many, by the threads, which then let go of it.
+  // Others may write to what it holds: codes that are out of range when they are copied give
+  // kBadArgument or, where threads copy them, make queries of the segment fail
+  // (PartialItem::status). All spans of a segment have codes or none has; a segment
   // without is only attended exactly.
   Status Append(const AppendSpan& span, std::shared_ptr<const void> memory = nullptr);
   // Whether a query for this many tokens can be answered now (all rows of this host's segments

@@ -137,7 +137,13 @@ Status Segment::Append(uint64_t first, uint32_t count, const bf16* rows, const u
     seal_due_ = true;
   }
   if (by_pool) {
-    StartCopy(at, fresh, rows, hashed ? codes : nullptr, std::move(memory));
+    try {
+      StartCopy(at, fresh, rows, hashed ? codes : nullptr, std::move(memory));
+    } catch (...) {  // no memory: these tokens never come
+      damaged_ = true;
+      EndWork(shared_from_this());
+      throw;
+    }
     return Status::kOk;
   }
   StoreRows(at, fresh, rows);
@@ -196,7 +202,9 @@ void Segment::EndWork(std::shared_ptr<Segment> self) {
     if (self->work_ == 1 && self->seal_due_) {
       seals = true;  // in this work's place
       self->seal_due_ = false;
+      self->sealing_ = true;
     } else if (--self->work_ == 0) {
+      self->sealing_ = false;
       self->settling_ = false;
       waiting.swap(self->waiting_);
     }

@@ -86,9 +86,11 @@ class Segment : public std::enable_shared_from_this<Segment> {
   void PrefetchBlock() const { PrefetchToWrite(prompt_.get()); }
   // Whether tokens are being copied or tables sealed, which begins in Append.
   bool settling() const { return settling_.load(std::memory_order_acquire); }
+  // Whether tables are being sealed, and all rows are there.
+  bool sealing() const { return sealing_.load(std::memory_order_acquire); }
   // Runs `then` on a pool thread once all that is done; false, and does not, where it is.
   bool WhenSettled(std::function<void()> then) const;
-  // Whether codes that were copied were out of range.
+  // Whether codes that were copied were out of range, or could not be copied.
   bool damaged() const { return damaged_.load(std::memory_order_relaxed); }
 
  private:
@@ -124,9 +126,9 @@ class Segment : public std::enable_shared_from_this<Segment> {
 
   mutable std::mutex mutex_;  // guards what follows
   mutable std::vector<std::function<void()>> waiting_;
-  size_t work_ = 0;                    // copies and seals under way
-  bool seal_due_ = false;              // once they are through
-  std::atomic<bool> settling_{false};  // written under the mutex
+  size_t work_ = 0;                                     // copies and seals under way
+  bool seal_due_ = false;                               // once they are through
+  std::atomic<bool> settling_{false}, sealing_{false};  // written under the mutex
   std::atomic<bool> damaged_{false};
   bool merging_ = false;
   Blocks blocks_;  // of a generated segment, adjacent from token 0

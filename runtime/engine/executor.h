@@ -110,14 +110,15 @@ class PrefillJob {
   Piece piece_;
 };
 
-// One decode step of a micro-batch: a state machine that never blocks on a host's reply.
+// One decode step of a micro-batch: a state machine that never blocks on a host's reply (though
+// until a host has fetched what left the window layers ago, where it is that far behind).
 class MicroBatch {
  public:
   MicroBatch(Workspace& workspace, uint16_t number, int64_t max_rows);
 
-  // One new token of each sequence, in the cache after the step.
+  // One new token of each sequence, in the cache after the step. Begins the first layer.
   void Start(std::span<Sequence* const> sequences, std::span<const int32_t> tokens, uint64_t step);
-  // Goes on as far as it can, and to the end of one layer and the beginning of the next at most.
+  // Goes on as far as it can, to the end of one layer and the beginning of the next at most.
   void Advance();
   // Whether the layer's query is on its way, which it is from this call on where it can be; so is
   // that of a layer that asks nobody.

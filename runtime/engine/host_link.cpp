@@ -17,6 +17,8 @@ using Clock = std::chrono::steady_clock;
 // Data of a K, V frame, about: large enough to stream, small enough to stay below
 // kMaxPayloadBytes.
 constexpr uint64_t kKvFrameBytes = uint64_t{4} << 20;
+// And its entries: what says where their data lie must fit a referral.
+constexpr size_t kKvFrameEntries = 512;
 
 cluster::HealthTracker Watch(const Job& job, std::span<const RankId> hosts) {
   const std::chrono::duration<double> timeout(job.config.cluster().failure_timeout_s());
@@ -93,7 +95,7 @@ std::unique_ptr<gpu::Buffer> HostLink::AllocateStaging(gpu::Device& device, size
       auto pinned = device.PinStaging(memory->bytes());
       return std::make_unique<SharedStaging>(std::move(memory), std::move(pinned));
     } catch (const Error& e) {
-      spdlog::info("queries are copied, not read by hosts where they lie: {}", e.what());
+      spdlog::info("what leaves is copied, not read by hosts where it lies: {}", e.what());
     }
   }
   return device.AllocateStaging(bytes);
@@ -204,7 +206,7 @@ void HostLink::SendKv(int32_t layer, std::span<const KvRun> runs, uint64_t rows,
             static_cast<uint32_t>(slice_.first_kv_head) + static_cast<uint32_t>(head);
         const uint32_t host = run.hosted->placement.Owner(kv_head, segment);
         Frame& frame = frames[host];
-        if (frame.tokens + n > most) send(host);
+        if (frame.tokens + n > most || frame.entries.size() == kKvFrameEntries) send(host);
         const uint64_t at = head * rows + run.row + done;
         frame.entries.push_back({run.hosted->request.value, token, kv_head,
                                  static_cast<uint32_t>(n), codes ? 1u : 0u, 0});

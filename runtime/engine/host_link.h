@@ -68,8 +68,8 @@ class HostLink {
     return size_t{shape_.group} * (2 + shape_.head_dim * sizeof(bf16) / sizeof(float));
   }
   size_t ReplyFloats(const std::vector<QueryFrame>& plan) const;
-  // Staging memory for what SendQuery sends: hosts on this machine read it where it lies, where the
-  // transport and the device can do that.
+  // Staging memory for what SendQuery and SendKv send: hosts on this machine read it where it lies,
+  // where the transport and the device can do that.
   std::unique_ptr<gpu::Buffer> AllocateStaging(gpu::Device& device, size_t bytes);
   // Asks every host of `plan`; the answers collect in `box`, which must stay where it is, as its
   // memory and the plan, until complete. all_exact: whatever the rows say. q: [rows,

@@ -139,57 +139,60 @@ std::shared_ptr<const void> HostRank::Hold(transport::IncomingPayload& payload, 
 
 void HostRank::OnKv(const transport::FrameHeader& header, transport::IncomingPayload& payload) {
   // Attention's threads copy large frames, from where they lie; where they are behind, this one.
-  bool taken = false;
+  std::shared_ptr<const void> memory;
+  std::span<const std::byte> whole;
   if (header.payload_bytes >= kLeastHeld && held_bytes_ < kMostHeld) {
-    const auto memory = Hold(payload, header.payload_bytes);
-    taken = TakeKv(header, payload.pieces(), memory);
+    memory = Hold(payload, header.payload_bytes);
   } else {
-    const std::span<const std::byte> whole = payload.whole();
-    taken = TakeKv(header, {&whole, 1}, nullptr);
+    whole = payload.whole();
   }
-  if (!taken) {
-    const std::span<const std::byte> whole = payload.whole();
-    if (early_bytes_ + whole.size() > kMaxEarlyBytes) return Drop(header, "too much comes early");
-    early_bytes_ += whole.size();
-    early_.push_back({header, {whole.begin(), whole.end()}});
-    return;
+  std::string why;
+  const auto views = cluster::ParseKv(
+      shape_, header.count, memory ? payload.pieces() : cluster::PayloadPieces(&whole, 1), &why);
+  if (!views) return Drop(header, why);
+  for (const cluster::KvView& v : *views) {
+    if (TakeKv(header, v, memory)) continue;
+    const uint64_t bytes = v.rows.size_bytes() + v.codes.size_bytes();
+    if (early_bytes_ + bytes > kMaxEarlyBytes) {
+      Drop(header, "too much comes early");
+      continue;
+    }
+    early_bytes_ += bytes;
+    early_.push_back(
+        {header, v.entry, {v.rows.begin(), v.rows.end()}, {v.codes.begin(), v.codes.end()}});
   }
-  // What came early may fit now; every frame that does may make room for another.
-  for (bool again = true; again && !early_.empty();) {
-    again = std::erase_if(early_, [&](const EarlyKv& early) {
-              const std::span<const std::byte> whole = early.payload;
-              if (!TakeKv(early.header, {&whole, 1}, nullptr)) return false;
-              early_bytes_ -= early.payload.size();
-              return true;
-            }) > 0;
-  }
+  RetryEarly();
   RetryWaiting();
 }
 
-bool HostRank::TakeKv(const transport::FrameHeader& header, cluster::PayloadPieces payload,
+bool HostRank::TakeKv(const transport::FrameHeader& header, const cluster::KvView& kv,
                       const std::shared_ptr<const void>& memory) {
-  std::string why;
-  const auto views = cluster::ParseKv(shape_, header.count, payload, &why);
-  if (!views) {
-    Drop(header, why);
-    return true;
-  }
-  for (const cluster::KvView& v : *views) {
-    const host::AppendSpan span{RequestId(v.entry.request),
-                                header.layer,
-                                v.entry.kv_head,
-                                v.entry.first_token,
-                                v.entry.count,
-                                v.rows.data(),
-                                v.codes.empty() ? nullptr : v.codes.data()};
-    const host::Status status = attention_.Append(span, memory);
-    if (status == host::Status::kMissingTokens) return false;
-    // A released request's rows may still be under way; they are of no use to anyone.
-    if (status != host::Status::kOk && status != host::Status::kUnknownRequest) {
-      Drop(header, "K, V not taken (status " + std::to_string(static_cast<int>(status)) + ")");
-    }
+  const host::AppendSpan span{RequestId(kv.entry.request),
+                              header.layer,
+                              kv.entry.kv_head,
+                              kv.entry.first_token,
+                              kv.entry.count,
+                              kv.rows.data(),
+                              kv.codes.empty() ? nullptr : kv.codes.data()};
+  const host::Status status = attention_.Append(span, memory);
+  if (status == host::Status::kMissingTokens) return false;
+  // A released request's rows may still be under way; they are of no use to anyone.
+  if (status != host::Status::kOk && status != host::Status::kUnknownRequest) {
+    Drop(header, "K, V not taken (status " + std::to_string(static_cast<int>(status)) + ")");
   }
   return true;
+}
+
+// What came early may fit now; all that does may make room for more.
+void HostRank::RetryEarly() {
+  for (bool again = true; again && !early_.empty();) {
+    again = std::erase_if(early_, [&](const EarlyKv& early) {
+              const cluster::KvView view{early.entry, early.rows, early.codes};
+              if (!TakeKv(early.header, view, nullptr)) return false;
+              early_bytes_ -= view.rows.size_bytes() + view.codes.size_bytes();
+              return true;
+            }) > 0;
+  }
 }
 
 void HostRank::OnKeyMean(const transport::FrameHeader& header, std::span<const std::byte> payload) {
@@ -352,6 +355,7 @@ void HostRank::OnControl(const transport::FrameHeader& header, std::span<const s
     peak_tables_ = std::max(peak_tables_, usage.table_bytes);
     const uint64_t request = message.release().request();
     attention_.Release(RequestId(request));
+    RetryEarly();
     std::erase_if(waiting_, [&](const std::shared_ptr<Query>& query) {
       const bool asks = std::any_of(query->views.begin(), query->views.end(),
                                     [&](const auto& v) { return v.entry.request == request; });

@@ -50,15 +50,17 @@ class HostRank {
   // large one.
   struct EarlyKv {
     transport::FrameHeader header;
-    std::vector<std::byte> payload;
+    cluster::KvEntry entry;
+    std::vector<bf16> rows;
+    std::vector<uint16_t> codes;
   };
 
   void OnFrame(const transport::FrameHeader& header, transport::IncomingPayload& payload);
   void OnKv(const transport::FrameHeader& header, transport::IncomingPayload& payload);
   std::shared_ptr<const void> Hold(transport::IncomingPayload& payload, uint64_t bytes);
   // False where tokens in front are missing; appending again what is there does nothing. memory: of
-  // the payload, where others may write to it.
-  bool TakeKv(const transport::FrameHeader& header, cluster::PayloadPieces payload,
+  // its arrays, where others may write to it.
+  bool TakeKv(const transport::FrameHeader& header, const cluster::KvView& kv,
               const std::shared_ptr<const void>& memory);
   // Whether attention's threads still use memory of the transport's.
   bool busy() const { return in_flight_ > 0 || held_bytes_ > 0; }
@@ -72,6 +74,7 @@ class HostRank {
   // False where the query must wait for its tokens.
   bool Start(const std::shared_ptr<Query>& query);
   void Reply(const Query& query, std::vector<host::PartialItem> items);
+  void RetryEarly();
   void RetryWaiting();
   void SendControl(RankId to, const cluster::proto::Control& message);
 

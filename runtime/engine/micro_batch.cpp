@@ -87,6 +87,7 @@ void MicroBatch::Start(std::span<Sequence* const> sequences, std::span<const int
   if (w_.link) Plan();
   w_.transformer.Embed(*a_, tokens);
   state_ = State::kLayer;
+  BeginLayer();
 }
 
 // Which frames ask the hosts, and room for what they answer.
@@ -102,7 +103,6 @@ void MicroBatch::Plan() {
 }
 
 void MicroBatch::Advance() {
-  if (state_ == State::kLayer) BeginLayer();
   if (!HandedOver() || state_ != State::kHosts || !box_.complete()) return;
   FinishLayer();
   if (state_ == State::kLayer) BeginLayer();

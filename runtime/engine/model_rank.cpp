@@ -215,7 +215,6 @@ void ModelRank::Decode(const cluster::proto::StepPlan& plan, TokenHandler* handl
     }
     running.push_back(micro_batches_[part].get());
     running.back()->Start(sequences, tokens, plan.step());
-    running.back()->Advance();
   }
   // Prefill is spread over the layers, each time behind a query: it has the device while hosts are
   // at work.
@@ -233,7 +232,6 @@ void ModelRank::Decode(const cluster::proto::StepPlan& plan, TokenHandler* handl
   // collectives come in the same order on every rank.
   size_t turn = 0;
   size_t left = running.size();
-  for (const MicroBatch* m : running) left -= m->done();
   while (left > 0) {
     MicroBatch& m = *running[turn % running.size()];
     if (m.done()) {

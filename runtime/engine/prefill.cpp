@@ -8,8 +8,9 @@
 namespace passel::engine {
 namespace {
 
-// Of pieces under way, about, and pieces at least and at most.
-constexpr size_t kPieceBytes = size_t{64} << 20, kLeastPieces = 2, kMostPieces = 8;
+// Of all pieces under way and of one, at most; and pieces at least and at most.
+constexpr size_t kRingBytes = size_t{64} << 20, kPieceBytes = size_t{32} << 20;
+constexpr size_t kLeastPieces = 2, kMostPieces = 8;
 
 gpu::Tensor Matrix(void* data, gpu::DType type, int64_t rows, int64_t cols) {
   return {data, type, rows, cols, cols};
@@ -34,8 +35,12 @@ size_t CodeBytes(const Workspace& w) {
          sizeof(uint16_t);
 }
 
-// Rows hashed and copied off the device at a time: a piece for every chunk.
-int64_t PieceRows(const Workspace& w) { return w.job.config.engine().prefill_chunk(); }
+// Rows hashed and copied off the device at a time: a piece for every chunk, where it fits one.
+int64_t PieceRows(const Workspace& w) {
+  const auto fit = static_cast<int64_t>(kPieceBytes / (KvBytes(w) + CodeBytes(w)));
+  return std::clamp<int64_t>(
+      fit, 1, std::min<int64_t>(w.job.config.engine().prefill_chunk(), w.job.model.context_length));
+}
 
 }  // namespace
 
@@ -55,7 +60,7 @@ std::unique_ptr<StagingRing> PrefillJob::MakePieces(const Workspace& w) {
   const size_t bytes =
       w.kv_cols() * sizeof(float) + static_cast<size_t>(PieceRows(w)) * (KvBytes(w) + CodeBytes(w));
   return std::make_unique<StagingRing>(*w.link, w.device, bytes,
-                                       std::clamp(kPieceBytes / bytes, kLeastPieces, kMostPieces));
+                                       std::clamp(kRingBytes / bytes, kLeastPieces, kMostPieces));
 }
 
 PrefillJob::PrefillJob(Workspace& workspace, Sequence& sequence, model::Activations& activations)

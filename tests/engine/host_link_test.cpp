@@ -78,12 +78,21 @@ class Model {
   }
 
   void SendKv(const HostedRequest& hosted, int32_t layer, uint64_t first, uint64_t count) {
-    const auto d = static_cast<size_t>(spec_.head_dim);
+    SendKv(layer, {{&hosted, first, count, 0}});
+  }
+  // All of the request that was opened last, whosever they are said to be; rows are set here.
+  void SendKv(int32_t layer, std::vector<KvRun> runs) {
+    const size_t row = 2 * static_cast<size_t>(spec_.head_dim);
     const auto heads = static_cast<size_t>(spec_.kv_heads);
     const size_t l = job().wire_shape().l;
+    uint64_t rows = 0;
+    for (KvRun& run : runs) {
+      run.row = rows;
+      rows += run.count;
+    }
     // Two slots: tokens wait for those before the last to have been taken, and for no others.
-    const size_t kv_bytes = count * heads * 2 * d * sizeof(bf16);
-    const size_t bytes = kv_bytes + count * heads * l * sizeof(uint16_t);
+    const size_t kv_bytes = rows * heads * row * sizeof(bf16);
+    const size_t bytes = kv_bytes + rows * heads * l * sizeof(uint16_t);
     if (!ring_ || slot_bytes_ < bytes) {
       slot_bytes_ = bytes;
       ring_ = std::make_unique<StagingRing>(*link_, *device_, bytes, 2);
@@ -92,13 +101,16 @@ class Model {
     std::fill_n(slot.get(), slot_bytes_, std::byte{0xff});
     auto* kv = reinterpret_cast<bf16*>(slot.get());
     auto* codes = reinterpret_cast<uint16_t*>(slot.get() + kv_bytes);
-    for (size_t h = 0; h < heads; ++h) {
-      std::copy_n(&Data(layer, h).rows[first * 2 * d], count * 2 * d, kv + h * count * 2 * d);
-      if (l == 0) continue;
-      std::copy_n(&codes_[Index(layer, h)].keys[first * l], count * l, codes + h * count * l);
+    for (const KvRun& run : runs) {
+      for (size_t h = 0; h < heads; ++h) {
+        const size_t at = h * rows + run.row;
+        std::copy_n(&Data(layer, h).rows[run.first_token * row], run.count * row, kv + at * row);
+        if (l == 0) continue;
+        std::copy_n(&codes_[Index(layer, h)].keys[run.first_token * l], run.count * l,
+                    codes + at * l);
+      }
     }
-    const KvRun run{&hosted, first, count, 0};
-    link_->SendKv(layer, {&run, 1}, count, kv, l > 0 ? codes : nullptr, slot);
+    link_->SendKv(layer, runs, rows, kv, l > 0 ? codes : nullptr, slot);
   }
 
   void SendMeans(const HostedRequest& hosted) {
@@ -355,6 +367,43 @@ TEST(HostLink, ForgedPartialsAreDropped) {
   model.SendKv(hosted, 0, 0, tokens);
   model.PumpUntil([&] { return box.complete(); });
   model.Judge(box, 0, tokens);
+}
+
+// Frames that threads store, of two requests at once, and in any order.
+TEST(HostLink, LargeFramesOfSeveralRequestsInAnyOrder) {
+  for (const uint32_t hosts : {1u, 2u}) {
+    Model model({.hosts = hosts,
+                 .kv_heads = 2,
+                 .group = 2,
+                 .head_dim = 64,
+                 .layers = 1,
+                 .settings = {"attention.k=6", "attention.l=24", "attention.no_dense_layers=true",
+                              "attention.window=16", "attention.exact_below=0",
+                              "host.block_tokens=1500", "host.threads=2"}});
+    const HostedRequest other = model.Open(1, PlacementMode::kSequence, 4000, 1);
+    const HostedRequest hosted = model.Open(2, PlacementMode::kSequence, 4000, 1);
+    const uint64_t tokens = model.job().Offloaded(4000);
+    model.SendMeans(hosted);
+    ReplyBox box;
+    model.Ask(hosted, 0, 1, tokens, &box);
+    // What the other one lacks holds nothing up.
+    model.SendKv(0, {{&other, 1000, 900, 0}, {&hosted, 0, 1000, 0}});
+    model.SendKv(0, {{&hosted, 2000, tokens - 2000, 0}, {&other, 3000, 400, 0}});
+    for (int i = 0; i < 20; ++i) model.link().Pump(milliseconds(1));
+    EXPECT_FALSE(box.complete());
+    model.SendKv(0, {{&hosted, 900, 1200, 0}});
+    model.PumpUntil([&] { return box.complete(); });
+    ASSERT_FALSE(HasFatalFailure());
+    model.Judge(box, 0, tokens);
+    // Tokens one by one, more than a frame has entries for.
+    std::vector<KvRun> runs;
+    for (uint64_t t = 0; t < 1000; ++t) runs.push_back({&other, t, 1, 0});
+    model.SendKv(0, runs);
+    model.SendKv(0, {{&other, 1900, 1100, 0}, {&other, 3400, tokens - 3400, 0}});
+    model.Ask(other, 0, 2, tokens, &box);
+    model.PumpUntil([&] { return box.complete(); });
+    EXPECT_EQ(model.link().dropped(), 0u);
+  }
 }
 
 // A batch whose queries, and then one whose replies, pass what one frame holds.
