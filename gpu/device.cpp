@@ -32,6 +32,21 @@ Tensor Tensor::Cols(int64_t begin, int64_t count) const {
   return t;
 }
 
+void CheckRopeTable(std::span<const float> inv_freq, std::span<const int64_t> positions,
+                    const Tensor& table) {
+  Check(table.type == DType::kF32 && table.stride == table.cols &&
+            2 * static_cast<int64_t>(inv_freq.size()) == table.cols &&
+            static_cast<int64_t>(positions.size()) == table.rows,
+        "RopeTable: shapes disagree");
+}
+
+void CheckRope(const Tensor& x, int32_t head_dim, const Tensor& table) {
+  Check(x.type == DType::kF32 && head_dim > 0 && head_dim % 2 == 0 && x.cols % head_dim == 0 &&
+            table.type == DType::kF32 && table.rows == x.rows && table.cols == head_dim &&
+            table.stride == table.cols,
+        "Rope: shapes disagree");
+}
+
 void CheckPackKv(const Tensor& k, const Tensor& v, const Tensor& out) {
   const bool bf16s = k.type == DType::kBf16 && v.type == DType::kBf16 && out.type == DType::kBf16;
   const int64_t dim = out.cols / 2;

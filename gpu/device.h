@@ -101,6 +101,13 @@ struct DeviceInfo {
   int32_t max_head_dim = 0;   // the largest that attention serves; 0: any
 };
 
+// Operations that a device has recorded, to issue them again at once. Goes before the memory they
+// read and write, and before the device.
+class Recording {
+ public:
+  virtual ~Recording() = default;
+};
+
 // What a model rank computes with. Work is issued in order and may run asynchronously; results are
 // in host-readable memory after an Event recorded behind them is done. One thread issues.
 // Shapes: n = rows of the batch (decode: one a sequence; prefill: the tokens of a chunk).
@@ -123,6 +130,16 @@ class Device {
   virtual void CopyToDevice(void* device, const void* host, size_t bytes) = 0;
   virtual void CopyToHost(void* host, const void* device, size_t bytes) = 0;
   virtual std::unique_ptr<Event> Record() = 0;
+
+  // Issues what `issue` issues, which is the same for the same `recording` every time: products,
+  // norms, Rope, SiluMul, HeadRmsNorm, Add and Convert, of the same tensors, and collectives of
+  // `ranks`. A device that gains by it calls `issue` the first times alone and issues what it keeps
+  // in `recording` (null at first) from then on.
+  virtual void Replay(std::unique_ptr<Recording>& recording, Collectives& ranks,
+                      const std::function<void()>& issue) {
+    (void)recording, (void)ranks;
+    issue();
+  }
 
   virtual std::unique_ptr<Linear> MakeLinear(int64_t out_features, int64_t in_features,
                                              const RowReader& rows) = 0;
@@ -162,10 +179,14 @@ class Device {
   // residual += delta (where delta.data is set); out = residual / rms(residual) · weight.
   // residual, delta: [n, hidden] f32; weight: [1, hidden] f32; out: activation_type or f32.
   virtual void AddRmsNorm(Tensor residual, Tensor delta, Tensor weight, float eps, Tensor out) = 0;
-  // Rotates pairs (j, j + head_dim/2) of each head in place. x: [n, heads·head_dim] f32;
-  // inv_freq: head_dim/2 values in host memory; positions: host memory, [n].
-  virtual void Rope(Tensor x, int32_t head_dim, std::span<const float> inv_freq,
-                    std::span<const int64_t> positions) = 0;
+  // What Rope turns by: angles positions[i] · inv_freq[j], computed in double. inv_freq: head_dim/2
+  // values, positions: [n], both in host memory; table: [n, head_dim] f32, without gaps between
+  // rows, in the device's own layout.
+  virtual void RopeTable(std::span<const float> inv_freq, std::span<const int64_t> positions,
+                         Tensor table) = 0;
+  // Rotates pairs (j, j + head_dim/2) of each head in place, row i by row i of the table. x: [n,
+  // heads·head_dim] f32.
+  virtual void Rope(Tensor x, int32_t head_dim, Tensor table) = 0;
   // out = silu(gate) · up; gate_up: [n, 2·ffn] f32 (gate first); out: [n, ffn] activation_type.
   virtual void SiluMul(Tensor gate_up, Tensor out) = 0;
   // Each head of a row by itself, in place: x = x / rms(x) · weight. x: [n, heads·head_dim] f32;
@@ -229,8 +250,11 @@ class Device {
   virtual std::unique_ptr<Collectives> MakeCollectives(std::unique_ptr<Collectives> host) = 0;
 };
 
-// What every backend checks: the arguments of PackKv (throws), and whether `codes` fit HashCodes of
-// n rows of so many heads.
+// What every backend checks: the arguments of RopeTable, Rope and PackKv (throws), and whether
+// `codes` fit HashCodes of n rows of so many heads.
+void CheckRopeTable(std::span<const float> inv_freq, std::span<const int64_t> positions,
+                    const Tensor& table);
+void CheckRope(const Tensor& x, int32_t head_dim, const Tensor& table);
 void CheckPackKv(const Tensor& k, const Tensor& v, const Tensor& out);
 bool FitCodes(const Tensor& codes, int64_t n, int64_t heads, int64_t l);
 

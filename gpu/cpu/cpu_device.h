@@ -44,8 +44,9 @@ class CpuDevice final : public Device {
 
   void Embed(const Linear& table, std::span<const int32_t> ids, Tensor out) override;
   void AddRmsNorm(Tensor residual, Tensor delta, Tensor weight, float eps, Tensor out) override;
-  void Rope(Tensor x, int32_t head_dim, std::span<const float> inv_freq,
-            std::span<const int64_t> positions) override;
+  void RopeTable(std::span<const float> inv_freq, std::span<const int64_t> positions,
+                 Tensor table) override;
+  void Rope(Tensor x, int32_t head_dim, Tensor table) override;
   void SiluMul(Tensor gate_up, Tensor out) override;
   void HeadRmsNorm(Tensor x, int32_t head_dim, Tensor weight, float eps) override;
   void Add(Tensor into, Tensor delta) override;
@@ -101,9 +102,6 @@ class CpuDevice final : public Device {
   std::unique_ptr<PanelMatrix> projections_;
 
   // Cosines and sines of the last positions: the layers of a pass share them.
-  std::vector<int64_t> rope_positions_;
-  std::vector<float> rope_inv_freq_;
-  std::vector<float> rope_cos_, rope_sin_;
 
   Scratch decode_scratch_, attention_scratch_, hash_scratch_;
   tbb::enumerable_thread_specific<Scratch> row_scratch_, score_scratch_, weight_scratch_;

@@ -58,37 +58,34 @@ void CpuDevice::Add(Tensor into, Tensor delta) {
   });
 }
 
-void CpuDevice::Rope(Tensor x, int32_t head_dim, std::span<const float> inv_freq,
-                     std::span<const int64_t> positions) {
-  const int64_t half = head_dim / 2;
-  Check(x.type == DType::kF32 && head_dim > 0 && head_dim % 2 == 0 && x.cols % head_dim == 0 &&
-            static_cast<int64_t>(inv_freq.size()) == half &&
-            static_cast<int64_t>(positions.size()) == x.rows,
-        "Rope: shapes disagree");
-  if (!std::ranges::equal(rope_positions_, positions) ||
-      !std::ranges::equal(rope_inv_freq_, inv_freq)) {
-    rope_positions_.assign(positions.begin(), positions.end());
-    rope_inv_freq_.assign(inv_freq.begin(), inv_freq.end());
-    rope_cos_.resize(static_cast<size_t>(x.rows * half));
-    rope_sin_.resize(rope_cos_.size());
-    ForRows(x.rows, 16 * half, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        for (int64_t j = 0; j < half; ++j) {
-          // In double: at position 2^20 a float angle has an error of 0.03.
-          const double angle = static_cast<double>(positions[static_cast<size_t>(i)]) *
-                               static_cast<double>(inv_freq[static_cast<size_t>(j)]);
-          rope_cos_[static_cast<size_t>(i * half + j)] = static_cast<float>(std::cos(angle));
-          rope_sin_[static_cast<size_t>(i * half + j)] = static_cast<float>(std::sin(angle));
-        }
+// Rows of a table: cosines, then sines.
+void CpuDevice::RopeTable(std::span<const float> inv_freq, std::span<const int64_t> positions,
+                          Tensor table) {
+  CheckRopeTable(inv_freq, positions, table);
+  const int64_t half = table.cols / 2;
+  ForRows(table.rows, 16 * half, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      float* row = RowPtr<float>(table, i);
+      for (int64_t j = 0; j < half; ++j) {
+        // In double: at position 2^20 a float angle has an error of 0.03.
+        const double angle = static_cast<double>(positions[static_cast<size_t>(i)]) *
+                             static_cast<double>(inv_freq[static_cast<size_t>(j)]);
+        row[j] = static_cast<float>(std::cos(angle));
+        row[half + j] = static_cast<float>(std::sin(angle));
       }
-    });
-  }
+    }
+  });
+}
+
+void CpuDevice::Rope(Tensor x, int32_t head_dim, Tensor table) {
+  CheckRope(x, head_dim, table);
+  const int64_t half = head_dim / 2;
   ForRows(x.rows, x.cols, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       float* row = RowPtr<float>(x, i);
+      const float* turns = RowPtr<float>(table, i);
       for (int64_t h = 0; h < x.cols; h += head_dim) {
-        kernels_.rotate(row + h, &rope_cos_[static_cast<size_t>(i * half)],
-                        &rope_sin_[static_cast<size_t>(i * half)], half);
+        kernels_.rotate(row + h, turns, turns + half, half);
       }
     }
   });

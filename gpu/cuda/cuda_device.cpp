@@ -11,8 +11,6 @@ namespace passel::gpu {
 namespace cuda {
 namespace {
 
-constexpr size_t kWorkspaceBytes = size_t{32} << 20;  // what cuBLAS asks for on Hopper
-
 class CudaEvent final : public Event {
  public:
   explicit CudaEvent(cudaStream_t stream) {
@@ -96,10 +94,8 @@ CudaDevice::CudaDevice(const DeviceOptions& options, std::string name, uint64_t 
                                                                       : usable_bytes)),
       ring_(stream_.get) {
   ledger_->before_free = [this] { IssueTo(); };
-  void* workspace = workspace_.Get(kWorkspaceBytes);
   CheckCublas(cublasCreate(&cublas_), "cublasCreate");
-  CheckCublas(cublasSetStream(cublas_, stream_.get), "cublasSetStream");
-  CheckCublas(cublasSetWorkspace(cublas_, workspace, kWorkspaceBytes), "cublasSetWorkspace");
+  SetCublasStream(stream_.get);
 }
 
 CudaDevice::~CudaDevice() {
@@ -174,7 +170,7 @@ Upcoming CudaDevice::NextAfter(const std::shared_ptr<CudaWeight>& weight) {
 }
 
 cudaStream_t CudaDevice::IssueTo() {
-  if (put_off_.empty()) return stream_.get;
+  if (put_off_.empty()) return recording_ ? recording_stream_.get : stream_.get;
   if (chain_scratch_ == nullptr) {
     chain_scratch_ = MakeDeviceBuffer(nullptr, ProductChainScratch());
     PrepareProductChainScratch(stream_.get, chain_scratch_->data());
@@ -227,6 +223,7 @@ void CudaDevice::PutOff(const Linear& w, const ChainedProduct& product) {
     IssueTo();
   }
   put_off_.push_back(product);
+  put_off_since_ = true;
   put_off_weights_.push_back(AsCuda(w).weight());
 }
 

@@ -43,6 +43,8 @@ class CudaDevice final : public Device {
   void CopyToDevice(void* device, const void* host, size_t bytes) override;
   void CopyToHost(void* host, const void* device, size_t bytes) override;
   std::unique_ptr<Event> Record() override;
+  void Replay(std::unique_ptr<Recording>& recording, Collectives& ranks,
+              const std::function<void()>& issue) override;
   std::unique_ptr<Linear> MakeLinear(int64_t out_features, int64_t in_features,
                                      const RowReader& rows) override;
   void MatMul(const Linear& w, Tensor x, Tensor out) override;
@@ -55,8 +57,9 @@ class CudaDevice final : public Device {
                       Tensor gate_up) override;
   void Embed(const Linear& table, std::span<const int32_t> ids, Tensor out) override;
   void AddRmsNorm(Tensor residual, Tensor delta, Tensor weight, float eps, Tensor out) override;
-  void Rope(Tensor x, int32_t head_dim, std::span<const float> inv_freq,
-            std::span<const int64_t> positions) override;
+  void RopeTable(std::span<const float> inv_freq, std::span<const int64_t> positions,
+                 Tensor table) override;
+  void Rope(Tensor x, int32_t head_dim, Tensor table) override;
   void SiluMul(Tensor gate_up, Tensor out) override;
   void HeadRmsNorm(Tensor x, int32_t head_dim, Tensor weight, float eps) override;
   void Add(Tensor into, Tensor delta) override;
@@ -86,8 +89,11 @@ class CudaDevice final : public Device {
     ~Stream();
     cudaStream_t get = nullptr;
   };
-  // The stream, to which what was put off has been issued.
+  // The stream, to which what was put off has been issued; while recording, what records.
   cudaStream_t IssueTo();
+  // Issues to the recording stream alone what `issue` issues.
+  cudaGraphExec_t RecordGraph(const std::function<void()>& issue);
+  void SetCublasStream(cudaStream_t stream);
   // Whether a product of w can be put off, to be one kernel with those that come next; completes
   // it.
   bool CanPutOff(const Linear& w, ChainedProduct* product) const;
@@ -111,11 +117,13 @@ class CudaDevice final : public Device {
   int32_t local_ranks_;
   std::chrono::milliseconds peer_timeout_;
   std::shared_ptr<Ledger> ledger_;
-  Stream stream_;
+  Stream stream_, recording_stream_;
+  bool recording_ = false;
+  bool put_off_since_ = false;  // whether a product was, since Replay asked last
   cublasHandle_t cublas_ = nullptr;
   Scratch workspace_;  // cuBLAS's
   UploadRing ring_;
-  Scratch product_scratch_, decode_scratch_, mean_scratch_, rope_scratch_;
+  Scratch product_scratch_, decode_scratch_, mean_scratch_;
 
   std::weak_ptr<CudaWeight> last_weight_;
 
@@ -124,9 +132,6 @@ class CudaDevice final : public Device {
   std::unique_ptr<Buffer> chain_scratch_;
   int chain_turn_ = 0;
   std::shared_ptr<PeerMemory> peers_;  // where chains sum over the ranks; null: they do not
-
-  std::vector<float> rope_inv_freq_;  // what rope_scratch_ holds the angles of
-  std::vector<int64_t> rope_positions_;
 
   std::unique_ptr<Buffer> pool_;
   AttentionShape pool_shape_;

@@ -41,26 +41,20 @@ void CudaDevice::AddRmsNorm(Tensor residual, Tensor delta, Tensor weight, float 
   LaunchAddRmsNorm(IssueTo(), residual, delta, weight, eps, out);
 }
 
-void CudaDevice::Rope(Tensor x, int32_t head_dim, std::span<const float> inv_freq,
-                      std::span<const int64_t> positions) {
-  const int64_t half = head_dim / 2;
-  Check(x.type == DType::kF32 && head_dim > 0 && head_dim % 2 == 0 && x.cols % head_dim == 0 &&
-            static_cast<int64_t>(inv_freq.size()) == half &&
-            static_cast<int64_t>(positions.size()) == x.rows,
-        "Rope: shapes disagree");
-  auto* table =
-      static_cast<float2*>(rope_scratch_.Get(static_cast<size_t>(x.rows * half) * sizeof(float2)));
-  if (!std::ranges::equal(rope_positions_, positions) ||
-      !std::ranges::equal(rope_inv_freq_, inv_freq)) {
-    rope_positions_.assign(positions.begin(), positions.end());
-    rope_inv_freq_.assign(inv_freq.begin(), inv_freq.end());
-    const int64_t* device_positions = ring_.Upload(positions);
-    // Nothing that was put off uses it.
-    LaunchRopeTable(stream_.get, device_positions, x.rows, ring_.Upload(inv_freq), half, table);
-  }
-  const bool put_off = PutOffRope(x, head_dim, table);
+// Of each pair the cosine and the sine.
+void CudaDevice::RopeTable(std::span<const float> inv_freq, std::span<const int64_t> positions,
+                           Tensor table) {
+  CheckRopeTable(inv_freq, positions, table);
+  const auto [device_positions, device_freq] = ring_.Upload(positions, inv_freq);
+  LaunchRopeTable(IssueTo(), device_positions, table.rows, device_freq, table.cols / 2,
+                  static_cast<float2*>(table.data));
+}
+
+void CudaDevice::Rope(Tensor x, int32_t head_dim, Tensor table) {
+  CheckRope(x, head_dim, table);
+  const bool put_off = PutOffRope(x, head_dim, table.data);
   cudaStream_t stream = IssueTo();
-  if (!put_off) LaunchRope(stream, x, head_dim, table);
+  if (!put_off) LaunchRope(stream, x, head_dim, static_cast<const float2*>(table.data));
 }
 
 void CudaDevice::SiluMul(Tensor gate_up, Tensor out) {

@@ -99,8 +99,12 @@ void NcclCollectives::ThrowIfFailed() {
 }
 
 void NcclCollectives::Watch() {
+  cudaStream_t stream = stream_();
+  cudaStreamCaptureStatus recorded = cudaStreamCaptureStatusNone;
+  CheckCuda(cudaStreamIsCapturing(stream, &recorded), "cudaStreamIsCapturing");
+  if (recorded != cudaStreamCaptureStatusNone) return;
   const std::lock_guard lock(mutex_);
-  watched_ = stream_();
+  watched_ = stream;
   if (pending_) {  // one event at a time; the watchdog records it again
     more_ = true;
     return;

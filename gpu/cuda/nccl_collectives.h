@@ -43,9 +43,11 @@ class NcclCollectives final : public Collectives {
                  std::span<float> out) override;
   void Broadcast(std::span<std::byte> host_data, int root) override;
   void ThrowIfFailed() override;
+  bool recordable() const override { return true; }
+  void IssuedAgain() override { Watch(); }
 
  private:
-  // Notes that work was issued, for the watchdog to follow.
+  // Notes that work was issued, for the watchdog to follow; not what is only recorded.
   void Watch();
   void WatchdogLoop(const std::stop_token& stop);
 

@@ -32,6 +32,10 @@ class Collectives {
   // Throws Error{kCluster} where an operation issued before has failed since. To be asked before
   // what device work led to is believed: device memory then holds anything.
   virtual void ThrowIfFailed() {}
+  // Whether a device may record operations over its memory and issue them again by itself (as
+  // gpu::Device::Replay does); it then says so each time, behind them.
+  virtual bool recordable() const { return false; }
+  virtual void IssuedAgain() {}
 };
 
 }  // namespace passel

@@ -86,6 +86,8 @@ void MicroBatch::Start(std::span<Sequence* const> sequences, std::span<const int
   }
   if (w_.link) Plan();
   w_.transformer.Embed(*a_, tokens);
+  w_.transformer.SetPositions(*a_, positions_);
+  w_.transformer.Between(0, *a_);
   state_ = State::kLayer;
   BeginLayer();
 }
@@ -116,7 +118,6 @@ bool MicroBatch::HandedOver() {
 void MicroBatch::BeginLayer() {
   const auto n = static_cast<int64_t>(sequences_.size());
   const auto layer = static_cast<size_t>(layer_);
-  w_.transformer.BeforeAttention(layer_, *a_, positions_);
   TokenPlaces places;
   for (size_t i = 0; i < sequences_.size(); ++i) {
     places.Add(sequences_[i]->pages[layer], w_.SlotOf(layer_, positions_[i]));
@@ -217,8 +218,8 @@ void MicroBatch::FinishLayer() {
   const gpu::Partials partials{partials_.max.Rows(0, n), partials_.den.Rows(0, n),
                                partials_.num.Rows(0, n)};
   w_.device.NormalizePartials(partials, a_->attention.Rows(0, n));
-  w_.transformer.AfterAttention(layer_, *a_);
-  if (++layer_ < w_.job.model.layers) {
+  w_.transformer.Between(++layer_, *a_);
+  if (layer_ < w_.job.model.layers) {
     state_ = State::kLayer;
     return;
   }

@@ -120,7 +120,8 @@ void PrefillJob::Chunk(int64_t start, int64_t count) {
                                  .subspan(static_cast<size_t>(start), static_cast<size_t>(count)));
   }
   a_.n = count;
-  w_.transformer.BeforeAttention(layer_, a_, positions);
+  w_.transformer.SetPositions(a_, positions);
+  w_.transformer.BeforeAttention(layer_, a_);
   const LayerKv& kv = Kv(layer_);
   w_.device.Convert(a_.k.Rows(0, count), kv.k.Rows(start, count));
   w_.device.Convert(a_.v.Rows(0, count), kv.v.Rows(start, count));

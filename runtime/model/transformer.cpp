@@ -32,7 +32,8 @@ struct Layer {
 void Activations::Resize(int64_t rows) {
   Check(rows >= 0 && rows <= capacity, "Activations: more rows than they were made for");
   n = rows;
-  for (Tensor* t : {&hidden, &qkv, &q, &k, &v, &attention, &normed, &projected, &gate_up, &ffn}) {
+  for (Tensor* t :
+       {&hidden, &qkv, &q, &k, &v, &attention, &normed, &projected, &gate_up, &ffn, &turns}) {
     t->rows = rows;
   }
 }
@@ -232,6 +233,7 @@ std::unique_ptr<Activations> Transformer::MakeActivations(int64_t rows, bool wit
   a->projected = make(DType::kF32, rows, m.config.hidden);
   a->gate_up = make(DType::kF32, rows, 2 * m.slice.ffn);
   a->ffn = make(type, rows, m.slice.ffn);
+  a->turns = make(DType::kF32, rows, dim);
   if (with_logits) {
     a->logit_capacity = logit_rows > 0 ? logit_rows : rows;
     a->logits = make(DType::kF32, a->logit_capacity, m.config.vocab);
@@ -257,12 +259,15 @@ void Transformer::Embed(Activations& a, std::span<const int32_t> ids) const {
   m.AllReduce(a.hidden);
 }
 
-void Transformer::BeforeAttention(int32_t layer, Activations& a,
-                                  std::span<const int64_t> positions) const {
+void Transformer::SetPositions(Activations& a, std::span<const int64_t> positions) const {
+  a.Resize(a.n);
+  impl_->device.RopeTable(impl_->inv_freq, positions, a.turns);
+}
+
+void Transformer::BeforeAttention(int32_t layer, Activations& a) const {
   const Impl& m = *impl_;
   a.Resize(a.n);
-  Check(layer >= 0 && layer < m.config.layers && static_cast<int64_t>(positions.size()) == a.n,
-        "BeforeAttention: layer or positions");
+  Check(layer >= 0 && layer < m.config.layers, "BeforeAttention: layer");
   const Layer& w = m.layers[static_cast<size_t>(layer)];
   m.device.NormMatMul(a.hidden, w.attn_norm, m.config.norm_eps, *w.qkv, a.qkv, a.normed);
   if (w.qkv_bias.data != nullptr) m.device.Add(a.qkv, w.qkv_bias);
@@ -270,7 +275,7 @@ void Transformer::BeforeAttention(int32_t layer, Activations& a,
   if (w.qk_norm.data != nullptr) {
     m.device.HeadRmsNorm(qk, m.config.head_dim, w.qk_norm, m.config.norm_eps);
   }
-  m.device.Rope(qk, m.config.head_dim, m.inv_freq, positions);
+  m.device.Rope(qk, m.config.head_dim, a.turns);
 }
 
 void Transformer::AfterAttention(int32_t layer, Activations& a) const {
@@ -282,6 +287,16 @@ void Transformer::AfterAttention(int32_t layer, Activations& a) const {
   m.device.NormMatMulSilu(a.hidden, w.ffn_norm, m.config.norm_eps, *w.gate_up, a.ffn, a.normed,
                           a.gate_up);
   m.device.MatMulSumAdd(*w.down, a.ffn, a.hidden, a.projected, m.collectives);
+}
+
+void Transformer::Between(int32_t layer, Activations& a) const {
+  const Impl& m = *impl_;
+  a.Resize(a.n);
+  Check(layer >= 0 && layer <= m.config.layers, "Between: layer");
+  m.device.Replay(a.recordings[{layer, a.n}], m.collectives, [&] {
+    if (layer > 0) AfterAttention(layer - 1, a);
+    if (layer < m.config.layers) BeforeAttention(layer, a);
+  });
 }
 
 void Transformer::Logits(Activations& a, int64_t first, int64_t count) const {

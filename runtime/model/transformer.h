@@ -2,8 +2,10 @@
 
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <memory>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "gpu/device.h"
@@ -33,10 +35,13 @@ struct Activations {
   gpu::Tensor q, k, v;    // [n, heads·head_dim] f32, [n, kv_heads·head_dim] f32 ×2; views of qkv
   gpu::Tensor attention;  // [n, heads·head_dim], activation type: what AfterAttention reads
   gpu::Tensor qkv, normed, projected, gate_up, ffn;
+  gpu::Tensor turns;   // [n, head_dim] f32: of the rows' positions, as Device::Rope reads them
   gpu::Tensor logits;  // [count, vocab] f32
   // With several ranks: this rank's [count, slice vocab], and those of all ranks one after another.
   gpu::Tensor own_logits, gathered_logits;
   std::vector<std::unique_ptr<gpu::Buffer>> memory;
+  // Of Between, by layer and rows.
+  std::map<std::pair<int32_t, int64_t>, std::unique_ptr<gpu::Recording>> recordings;
 
   // Sets n (≤ capacity) and the rows of all tensors but the logits'.
   void Resize(int64_t rows);
@@ -69,11 +74,17 @@ class Transformer {
 
   // hidden = embedding of ids; sets n.
   void Embed(Activations& a, std::span<const int32_t> ids) const;
+  // Where the rows stand, for all layers from now on. positions: [n].
+  void SetPositions(Activations& a, std::span<const int64_t> positions) const;
   // Norm, QKV (with bias or head norms where the architecture has them), RoPE: fills q, k, v of
-  // rows [0, n). positions: [n].
-  void BeforeAttention(int32_t layer, Activations& a, std::span<const int64_t> positions) const;
+  // rows [0, n).
+  void BeforeAttention(int32_t layer, Activations& a) const;
   // O-projection of `attention`, residual, norm, MLP, residual.
   void AfterAttention(int32_t layer, Activations& a) const;
+  // What of decode lies between the attention of layer − 1 (none: layer = 0) and that of `layer`
+  // (none: layer = layers): AfterAttention and BeforeAttention, which a device may issue as one.
+  // The activations' tensors are those they were made with.
+  void Between(int32_t layer, Activations& a) const;
   // Final norm and logits of rows [first, first + count): writes logits rows [0, count), all of the
   // vocabulary, on every rank, f32.
   void Logits(Activations& a, int64_t first, int64_t count) const;

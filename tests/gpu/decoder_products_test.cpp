@@ -6,6 +6,7 @@
 #include <cmath>
 #include <memory>
 
+#include "runtime/base/single_rank.h"
 #include "tests/gpu/device_matrix.h"
 #include "tests/gpu/float64_layer.h"
 
@@ -55,6 +56,8 @@ TEST_P(DecoderProducts, EqualFloat64) {
     attention.Set(x);
     std::vector<int64_t> positions;
     for (int64_t i = 0; i < n; ++i) positions.push_back(static_cast<int64_t>(random.Next() % 9999));
+    DeviceMatrix turns(*device, DType::kF32, n, s.head_dim);
+    device->RopeTable(inv_freq, positions, turns.tensor);
     const auto run = [&](bool apart) {
       hidden.Set(before);
       device->MatMulAdd(*wo, attention.tensor, hidden.tensor, scratch.tensor);
@@ -68,8 +71,7 @@ TEST_P(DecoderProducts, EqualFloat64) {
         device->MatMulAdd(*wd, ffn.tensor, hidden.tensor, scratch.tensor);
       }
       device->NormMatMul(hidden.tensor, dnorm.tensor, 1e-5f, *wq, out.tensor, normed.tensor);
-      device->Rope(out.tensor.Cols(0, s.turned), static_cast<int32_t>(s.head_dim), inv_freq,
-                   positions);
+      device->Rope(out.tensor.Cols(0, s.turned), static_cast<int32_t>(s.head_dim), turns.tensor);
     };
     Doubles exact = Product(Doubles(x.begin(), x.end()), o, n, s.heads);
     for (size_t i = 0; i < exact.size(); ++i) exact[i] += static_cast<double>(before[i]);
@@ -101,6 +103,57 @@ INSTANTIATE_TEST_SUITE_P(
                     Layer{64, 64, 64, 64, 64, 64}, Layer{72, 1000, 12, 777, 128, 640},
                     Layer{4096, 128, 96, 20000, 128, 19968}, Layer{328, 520, 14336, 336, 128, 256},
                     Layer{64, 136, 7160, 14330, 128, 12800}, Layer{64, 72, 17000, 64, 16, 48}));
+
+// What a device has recorded reads its tensors anew each time.
+TEST_P(DecoderProducts, ReplayedEqualThoseIssued) {
+  const Layer s = GetParam();
+  const auto device = MakeTestDevice({.threads = 2});
+  Random random(static_cast<uint64_t>(s.hidden * 5 + s.ffn));
+  const auto linear = [&](int64_t out, int64_t in) {
+    const auto w = RandomFloats(random, out * in, 1 / std::sqrt(static_cast<double>(in)));
+    return device->MakeLinear(out, in, ReaderOf(w, in));
+  };
+  const auto wo = linear(s.hidden, s.heads), wg = linear(2 * s.ffn, s.hidden),
+             wd = linear(s.hidden, s.ffn), wq = linear(s.qkv, s.hidden);
+  DeviceMatrix norm(*device, DType::kF32, 1, s.hidden);
+  norm.Set(RandomFloats(random, s.hidden));
+  const DType type = device->activation_type();
+  SingleRank alone;
+  for (const int64_t n : {1, 8, 20, 65}) {
+    DeviceMatrix attention(*device, type, n, s.heads), hidden(*device, DType::kF32, n, s.hidden),
+        scratch(*device, DType::kF32, n, s.hidden), normed(*device, type, n, s.hidden),
+        pairs(*device, DType::kF32, n, 2 * s.ffn), ffn(*device, type, n, s.ffn),
+        out(*device, DType::kF32, n, s.qkv), turns(*device, DType::kF32, n, s.head_dim);
+    int calls = 0;
+    const auto issue = [&] {
+      ++calls;
+      device->MatMulSumAdd(*wo, attention.tensor, hidden.tensor, scratch.tensor, alone);
+      device->NormMatMulSilu(hidden.tensor, norm.tensor, 1e-5f, *wg, ffn.tensor, normed.tensor,
+                             pairs.tensor);
+      device->MatMulSumAdd(*wd, ffn.tensor, hidden.tensor, scratch.tensor, alone);
+      device->NormMatMul(hidden.tensor, norm.tensor, 1e-5f, *wq, out.tensor, normed.tensor);
+      device->Rope(out.tensor.Cols(0, s.turned), static_cast<int32_t>(s.head_dim), turns.tensor);
+    };
+    std::unique_ptr<Recording> recording;
+    for (int repeat = 0; repeat < 5; ++repeat) {
+      const auto before = RandomFloats(random, n * s.hidden);
+      attention.Set(RandomFloats(random, n * s.heads));
+      turns.Set(RandomFloats(random, n * s.head_dim));
+      hidden.Set(before);
+      issue();
+      const auto expected = out.Get(), sum = hidden.Get();
+      hidden.Set(before);
+      out.Set(std::vector<float>(static_cast<size_t>(n * s.qkv)));
+      device->Replay(recording, alone, issue);
+      ASSERT_TRUE(SameBits(out.Get(), expected)) << n << " rows, " << repeat;
+      ASSERT_TRUE(SameBits(hidden.Get(), sum)) << n << " rows, " << repeat;
+    }
+    // Issued, recorded, and from then on replayed.
+    if (TestBackend() == "CUDA" && n < 9) {
+      EXPECT_EQ(calls, 5 + 2);
+    }
+  }
+}
 
 // What was put off is done before its memory goes, or anything is read.
 TEST(DecoderProducts, AreDoneBeforeMemoryGoes) {

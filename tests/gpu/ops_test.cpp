@@ -150,11 +150,11 @@ TEST(Rope, RotatesHalvesByPositionTimesFrequency) {
       inv_freq.push_back(static_cast<float>(std::pow(1e5, -2.0 * j / dim)));
     }
     std::vector<int64_t> positions = {0, 1, 2, 77, 8191, 1 << 20, 5, 5, 3};
-    // The second call has other positions: what the first computed must not stay.
     for (int call = 0; call < 2; ++call) {
-      DeviceMatrix t(*device, DType::kF32, n, cols, 7);
+      DeviceMatrix t(*device, DType::kF32, n, cols, 7), turns(*device, DType::kF32, n, dim);
       t.Set(x);
-      device->Rope(t.tensor, dim, inv_freq, positions);
+      device->RopeTable(inv_freq, positions, turns.tensor);
+      device->Rope(t.tensor, dim, turns.tensor);
       const auto y = t.Get();
       for (int64_t i = 0; i < n; ++i) {
         for (int64_t c = 0; c < cols; ++c) {

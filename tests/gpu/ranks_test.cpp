@@ -112,13 +112,19 @@ TEST_P(SumsOverRanks, EqualFloat64) {
     for (size_t i = 0; i < exact.size(); ++i) exact[i] += more[i];
     const Doubles last = Product(Norm(exact, norm, 1e-5), qkv, n, s.hidden);
     std::vector<float> first;
-    for (int repeat = 0; repeat < 20; ++repeat) {
-      hidden.Set(before);
+    std::unique_ptr<Recording> recording;
+    const auto issue = [&] {
       device->MatMulSumAdd(*wo, attention.tensor, hidden.tensor, scratch.tensor, *ranks);
       device->NormMatMulSilu(hidden.tensor, dnorm.tensor, 1e-5f, *wg, middle.tensor, normed.tensor,
                              pairs.tensor);
       device->MatMulSumAdd(*wd, middle.tensor, hidden.tensor, scratch.tensor, *ranks);
       device->NormMatMul(hidden.tensor, dnorm.tensor, 1e-5f, *wq, out.tensor, normed.tensor);
+    };
+    for (int repeat = 0; repeat < 20; ++repeat) {
+      hidden.Set(before);
+      out.Set(std::vector<float>(static_cast<size_t>(n * s.qkv)));
+      // With 65 rows a GPU sums by collectives, which it records.
+      repeat < 10 ? issue() : device->Replay(recording, *ranks, issue);
       if (repeat == 0) {
         first = out.Get();
         EXPECT_LT(RelativeError(hidden.Get(), exact), bound) << n << " rows";

@@ -56,8 +56,9 @@ class ReferenceLoop {
       const int64_t n = std::min(kChunk, total - start);
       const auto positions = Iota(start, n);
       transformer_.Embed(a, ids.subspan(static_cast<size_t>(start), static_cast<size_t>(n)));
+      transformer_.SetPositions(a, positions);
       for (int32_t l = 0; l < transformer_.config().layers; ++l) {
-        transformer_.BeforeAttention(l, a, positions);
+        transformer_.BeforeAttention(l, a);
         const gpu::Tensor k = kv_[static_cast<size_t>(2 * l)];
         const gpu::Tensor v = kv_[static_cast<size_t>(2 * l + 1)];
         device_.Convert(a.k, k.Rows(start, n));
@@ -83,8 +84,9 @@ class ReferenceLoop {
     for (const size_t s : sequences) positions.push_back(lengths_[s]);
     const gpu::Partials partials{partials_.max.Rows(0, a.n), partials_.den.Rows(0, a.n),
                                  partials_.num.Rows(0, a.n)};
+    transformer_.SetPositions(a, positions);
+    transformer_.Between(0, a);
     for (int32_t l = 0; l < transformer_.config().layers; ++l) {
-      transformer_.BeforeAttention(l, a, positions);
       std::vector<gpu::KvView> views;
       for (size_t i = 0; i < sequences.size(); ++i) {
         const auto& pages = pages_[sequences[i]][static_cast<size_t>(l)];
@@ -94,7 +96,7 @@ class ReferenceLoop {
       }
       device_.DecodeAttention(a.q, views, partials);
       device_.NormalizePartials(partials, a.attention);
-      transformer_.AfterAttention(l, a);
+      transformer_.Between(l + 1, a);
     }
     for (const size_t s : sequences) ++lengths_[s];
     transformer_.Logits(a, 0, a.n);

@@ -157,8 +157,9 @@ TEST(Transformer, RefusesWhatDoesNotFit) {
   EXPECT_THROW(transformer.Embed(*a, std::vector<int32_t>{333}), Error);
   EXPECT_THROW(transformer.Embed(*a, std::vector<int32_t>{-1}), Error);
   transformer.Embed(*a, std::vector<int32_t>{1, 2});
-  EXPECT_THROW(transformer.BeforeAttention(0, *a, std::vector<int64_t>{0}), Error);
-  EXPECT_THROW(transformer.BeforeAttention(2, *a, std::vector<int64_t>{0, 1}), Error);
+  EXPECT_THROW(transformer.SetPositions(*a, std::vector<int64_t>{0}), Error);
+  EXPECT_THROW(transformer.BeforeAttention(2, *a), Error);
+  EXPECT_THROW(transformer.Between(3, *a), Error);
   EXPECT_THROW(transformer.Logits(*a, 0, 2), Error);
   EXPECT_THROW(transformer.Logits(*a, 2, 1), Error);
   const auto small = gpu::MakeTestDevice({.memory_limit_bytes = 10000, .threads = 1});

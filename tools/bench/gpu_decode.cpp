@@ -30,16 +30,24 @@ using Clock = std::chrono::steady_clock;
 using gpu::DType;
 using gpu::Tensor;
 
-model::ModelConfig Llama(bool large, int32_t layers) {
+// Llama 3.1's and, for what bounds a small model, SmolLM2-135M's.
+struct Shape {
+  int32_t layers, hidden, heads, kv_heads, head_dim, ffn, vocab;
+};
+const std::map<std::string, Shape> kShapes = {{"8b", {32, 4096, 32, 8, 128, 14336, 128256}},
+                                              {"70b", {80, 8192, 64, 8, 128, 28672, 128256}},
+                                              {"135m", {30, 576, 9, 3, 64, 1536, 49152}}};
+
+model::ModelConfig Llama(const Shape& shape, int32_t layers) {
   model::ModelConfig c;
   c.architecture = "llama";
-  c.layers = layers > 0 ? layers : large ? 80 : 32;
-  c.hidden = large ? 8192 : 4096;
-  c.heads = large ? 64 : 32;
-  c.kv_heads = 8;
-  c.head_dim = 128;
-  c.ffn = large ? 28672 : 14336;
-  c.vocab = 128256;
+  c.layers = layers > 0 ? layers : shape.layers;
+  c.hidden = shape.hidden;
+  c.heads = shape.heads;
+  c.kv_heads = shape.kv_heads;
+  c.head_dim = shape.head_dim;
+  c.ffn = shape.ffn;
+  c.vocab = shape.vocab;
   c.rope_theta = 500000;
   c.context_length = 131072;
   return c;
@@ -194,10 +202,11 @@ void Step(gpu::Device& device, Collectives& ranks, const model::ModelConfig& con
       t = Measure(device, 20, [&] {
         ++positions[0];
         model.Embed(*a, ids);
+        model.SetPositions(*a, positions);
+        model.Between(0, *a);
         for (int32_t l = 0; l < c.layers; ++l) {
-          model.BeforeAttention(l, *a, positions);
           if (convert) device.Convert(a->q.Rows(0, n), a->attention.Rows(0, n));
-          model.AfterAttention(l, *a);
+          model.Between(l + 1, *a);
         }
         model.Logits(*a, 0, n);
       });
@@ -226,8 +235,9 @@ void Step(gpu::Device& device, Collectives& ranks, const model::ModelConfig& con
     std::iota(positions.begin(), positions.end(), 0);
     const Times t = Measure(device, 5, [&] {
       model.Embed(*a, ids);
+      model.SetPositions(*a, positions);
       for (int32_t l = 0; l < c.layers; ++l) {
-        model.BeforeAttention(l, *a, positions);
+        model.BeforeAttention(l, *a);
         model.AfterAttention(l, *a);
       }
     });
@@ -354,7 +364,7 @@ int Run(int argc, char** argv) {
   CLI::App app("What a GPU model rank needs for a decode step, with random weights");
   std::string shape = "8b";
   int32_t layers = 0;
-  app.add_option("--shape", shape, "Llama 3.1's")->check(CLI::IsMember({"8b", "70b"}));
+  app.add_option("--shape", shape, "Llama 3.1's or SmolLM2's")->check(CLI::IsMember(kShapes));
   app.add_option("--layers", layers, "fewer than the model has");
   CLI11_PARSE(app, argc, argv);
 
@@ -374,8 +384,8 @@ int Run(int argc, char** argv) {
                bandwidth * 1e-12, ranks->size(), ranks->name());
     fmt::print("| what | alone ms | in a row ms | |\n|---|---|---|---|\n");
   }
-  if (ranks->size() == 1) Attention(*device, bandwidth);
-  Step(*device, *ranks, Llama(shape == "70b", layers), bandwidth);
+  if (ranks->size() == 1 && shape == "8b") Attention(*device, bandwidth);
+  Step(*device, *ranks, Llama(kShapes.at(shape), layers), bandwidth);
   return 0;
 }
 
