@@ -13,6 +13,8 @@
 #include "host_attention/kernels.h"
 #include "host_attention/pool.h"
 #include "host_attention/prefetch.h"
+#include "host_attention/read.h"
+#include "host_attention/request.h"
 #include "host_attention/segment.h"
 #include "runtime/base/checked_math.h"
 #include "runtime/base/error.h"
@@ -62,68 +64,6 @@ void CheckOptions(const Options& o) {
   Expect(o.budget > 0 && o.budget <= 1, "budget must be above 0 and at most 1");
   Expect(o.threads <= 4096, "threads is " + std::to_string(o.threads) + "; expected at most 4096");
 }
-
-using Mean = std::shared_ptr<const std::vector<float>>;
-
-// One (layer, KV head) of a request.
-struct Head {
-  struct Held {
-    std::shared_ptr<Segment> segment;
-    Mean mean;  // of a shared segment; null: the head's
-  };
-  std::vector<Held> segments;  // by number, so by first token
-  Mean mean;
-
-  const Held* Find(uint32_t number) const {
-    const auto found = std::find_if(segments.begin(), segments.end(), [&](const Held& held) {
-      return held.segment->number() == number;
-    });
-    return found == segments.end() ? nullptr : &*found;
-  }
-  const Mean& MeanOf(const Held& held) const { return held.mean != nullptr ? held.mean : mean; }
-  void Sort() {
-    std::sort(segments.begin(), segments.end(), [](const Held& a, const Held& b) {
-      return a.segment->number() < b.segment->number();
-    });
-  }
-};
-
-// By layer, then KV head: a query looks up each of its heads. What is not here has no segments.
-class Request {
- public:
-  const Head* Find(uint32_t layer, uint32_t kv_head) const {
-    if (layer >= layers_.size() || kv_head >= layers_[layer].size()) return nullptr;
-    const Head& head = layers_[layer][kv_head];
-    return head.segments.empty() ? nullptr : &head;
-  }
-  // For Find: first the one, then the other.
-  void PrefetchLayer(uint32_t layer) const {
-    if (layer < layers_.size()) PrefetchToRead(&layers_[layer]);
-  }
-  void PrefetchHead(uint32_t layer, uint32_t kv_head) const {
-    if (layer < layers_.size() && kv_head < layers_[layer].size()) {
-      PrefetchToRead(&layers_[layer][kv_head]);
-    }
-  }
-  Head* Find(uint32_t layer, uint32_t kv_head) {
-    return const_cast<Head*>(std::as_const(*this).Find(layer, kv_head));
-  }
-  // To be given a segment.
-  Head& Add(uint32_t layer, uint32_t kv_head) {
-    if (layer >= layers_.size()) layers_.resize(layer + size_t{1});
-    std::vector<Head>& heads = layers_[layer];
-    if (kv_head >= heads.size()) heads.resize(kv_head + size_t{1});
-    return heads[kv_head];
-  }
-  void Sort() {
-    for (std::vector<Head>& heads : layers_) {
-      for (Head& head : heads) head.Sort();
-    }
-  }
-
- private:
-  std::vector<std::vector<Head>> layers_;
-};
 
 std::string Gigabytes(uint64_t bytes) {
   return std::to_string(bytes) + " bytes (" + std::to_string(bytes >> 20) + " MiB)";
@@ -271,14 +211,26 @@ Status HostAttention::Append(const AppendSpan& span, std::shared_ptr<const void>
   if (head == nullptr) return status;
   if (span.count == 0) return Status::kOk;
   if (span.rows == nullptr) return Status::kBadArgument;
-  for (const auto& [segment, mean] : head->segments) {
-    const SegmentSpec& spec = segment->spec();
-    if (span.first_token < spec.first_token) continue;
-    const uint64_t local = span.first_token - spec.first_token;
-    if (local >= spec.capacity) continue;
-    return segment->Append(local, span.count, span.rows, span.codes, std::move(memory));
+  const Head::Held* held = head->Holding(span.first_token);
+  if (held == nullptr) return Status::kNotHere;
+  Segment& segment = *held->segment;
+  return segment.Append(span.first_token - segment.spec().first_token, span.count, span.rows,
+                        span.codes, std::move(memory));
+}
+
+Status HostAttention::Read(std::vector<ReadSpan> spans, std::function<void(Status)> done) {
+  const auto read = std::make_shared<RowsRead>(std::move(done));
+  for (const ReadSpan& span : spans) {
+    Status status;
+    const Head* head = impl_->Find(span.request, span.layer, span.kv_head, &status);
+    if (head == nullptr) return status;
+    const Head::Held* held = head->Holding(span.first_token);
+    if (held == nullptr) return Status::kNotHere;
+    status = read->Add(held->segment, span);
+    if (status != Status::kOk) return status;
   }
-  return Status::kNotHere;
+  read->Start(*impl_->pool);
+  return Status::kOk;
 }
 
 bool HostAttention::Ready(RequestId request, uint32_t layer, uint32_t kv_head,

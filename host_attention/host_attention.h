@@ -97,6 +97,16 @@ struct AppendSpan {
   const uint16_t* codes;  // [count, l]; null where the estimator needs none
 };
 
+// Tokens [first_token, first_token + count) of one (request, layer, KV head), to be read back; all
+// in one segment.
+struct ReadSpan {
+  RequestId request;
+  uint32_t layer, kv_head;
+  uint64_t first_token;
+  uint32_t count;
+  bf16* rows;  // [count, 2, head_dim]: K then V of each token; written until the read is done
+};
+
 // Which tokens are sampled depends on offloaded_tokens alone: of a prompt segment all or, where it
 // ends beyond offloaded_tokens, none; of a generated one the whole runs of kOpenTokens. The others
 // are attended exactly.
@@ -162,9 +172,9 @@ struct MemoryUsage {
   uint64_t table_bytes = 0;  // in use by tables, and by codes of tokens not yet in one
 };
 
-// The KV cache, LSH tables and attention of one host rank. Open, Share, SetMean, Append, Release
-// and Attend are called by one thread; the work of Attend, copying, sealing and merging runs on
-// `threads` threads of its own. Hot calls return a status and never throw.
+// The KV cache, LSH tables and attention of one host rank. Open, Share, SetMean, Append, Read,
+// Release and Attend are called by one thread; the work of Attend, copying, sealing and merging
+// runs on `threads` threads of its own. Hot calls return a status and never throw.
 class HostAttention {
  public:
   explicit HostAttention(const Options& options);
@@ -186,6 +196,10 @@ class HostAttention {
   // (PartialItem::status). All spans of a segment have codes or none has; a segment
   // without is only attended exactly.
   Status Append(const AppendSpan& span, std::shared_ptr<const void> memory = nullptr);
+  // Starts to copy what was appended, int8 rows as what they stand for; `done` runs on one of the
+  // threads, with kMissingTokens where a segment lost rows for want of memory. Where the status is
+  // not kOk, nothing is started: kMissingTokens until the tokens are there.
+  Status Read(std::vector<ReadSpan> spans, std::function<void(Status)> done);
   // Whether a query for this many tokens can be answered now (all rows of this host's segments
   // below it are there; copying and sealing, where due, are waited for inside Attend).
   bool Ready(RequestId request, uint32_t layer, uint32_t kv_head, uint64_t offloaded_tokens) const;
@@ -196,7 +210,7 @@ class HostAttention {
   // Runs one unit of a batch's work on this thread, where some is waiting: false if there is none.
   // A unit takes some hundred microseconds at most.
   bool Help();
-  // Also while queries of the request run: memory goes when they are done.
+  // Also while queries or reads of the request run: memory goes when they are done.
   void Release(RequestId request);
   MemoryUsage usage() const;
 

@@ -17,9 +17,6 @@ namespace {
 constexpr uint64_t kHugePage = uint64_t{2} << 20;
 // Tables built by one background slice: about a millisecond at the default block size.
 constexpr uint32_t kTablesPerSlice = 8;
-// Tokens that one copies: some hundred KB.
-constexpr uint32_t kTokensPerCopy = 256;
-
 bool OutOfRange(const uint16_t* codes, size_t count, uint32_t k) {
   uint32_t all = 0;
   for (size_t i = 0; i < count; ++i) all |= codes[i];
@@ -141,6 +138,7 @@ Status Segment::Append(uint64_t first, uint32_t count, const bf16* rows, const u
       StartCopy(at, fresh, rows, hashed ? codes : nullptr, std::move(memory));
     } catch (...) {  // no memory: these tokens never come
       damaged_ = true;
+      lost_rows_ = true;
       EndWork(shared_from_this());
       throw;
     }

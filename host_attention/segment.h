@@ -15,6 +15,9 @@
 
 namespace passel::host {
 
+// Tokens that one background slice copies: some hundred KB.
+inline constexpr uint32_t kTokensPerCopy = 256;
+
 // Zeroed memory of one segment: whole pages, a part of its Open's mapping. Goes back to the system
 // with its owner, whatever becomes of the rest; then `on_free` runs.
 class Slab {
@@ -80,6 +83,8 @@ class Segment : public std::enable_shared_from_this<Segment> {
   // As HostAttention::Append, for tokens [first, first + count) of this segment.
   Status Append(uint64_t first, uint32_t count, const bf16* rows, const uint16_t* codes,
                 std::shared_ptr<const void> memory);
+  // Of tokens that are present and, where segments settle, have.
+  const RowsView& rows() const { return rows_; }
   // tokens ≤ present(). Where `sampling`, codes must have come with the tokens: else false.
   bool View(uint64_t tokens, bool sampling, SegmentView* view) const;
   // For View of a prompt's segment.
@@ -92,6 +97,8 @@ class Segment : public std::enable_shared_from_this<Segment> {
   bool WhenSettled(std::function<void()> then) const;
   // Whether codes that were copied were out of range, or could not be copied.
   bool damaged() const { return damaged_.load(std::memory_order_relaxed); }
+  // Whether rows could not be copied either. Of the thread that appends.
+  bool lost_rows() const { return lost_rows_; }
 
  private:
   enum class Codes : uint8_t { kUnknown, kPresent, kAbsent };
@@ -120,6 +127,7 @@ class Segment : public std::enable_shared_from_this<Segment> {
   RowsView rows_;
   std::byte* row_data_ = nullptr;
   uint64_t present_ = 0;
+  bool lost_rows_ = false;
   Codes codes_ = Codes::kUnknown;
   std::shared_ptr<TableBlock> prompt_;  // in the slab
   std::shared_ptr<TableBlock> open_;    // the run of kOpenTokens that is being filled

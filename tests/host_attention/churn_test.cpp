@@ -1,9 +1,10 @@
 // 10,000 random lives of requests: opened or refused, filled, sealed and merged underneath, begun
-// with another's prefix, queried, released with queries in flight. Memory in use and reserved ends
-// at zero.
+// with another's prefix, queried and read back, released with queries and reads in flight. Memory
+// in use and reserved ends at zero.
 #include <gtest/gtest.h>
 
 #include <condition_variable>
+#include <cstring>
 #include <map>
 #include <mutex>
 #include <thread>
@@ -60,7 +61,7 @@ class Churn {
     }
     while (!alive_.empty()) Release();
     std::unique_lock lock(mutex_);
-    answered_.wait(lock, [this] { return answers_ == queries_; });
+    answered_.wait(lock, [this] { return answers_ == queries_ + reads_; });
     lock.unlock();
     // Merges of released requests may still run: their memory goes with them.
     while (host_->usage().reserved_bytes != 0) std::this_thread::yield();
@@ -69,6 +70,7 @@ class Churn {
     EXPECT_GT(refused_, 10u);
     EXPECT_GT(shared_, 300u);
     EXPECT_GT(queries_, kLives / 2);
+    EXPECT_GT(reads_, kLives / 10);
     EXPECT_EQ(wrong_, 0u);
   }
 
@@ -138,6 +140,7 @@ class Churn {
     const auto it = Any();
     Append(it->first, it->second);
     if (it->second.present > 0) Query(it->first, it->second);
+    if (Draw(5) == 0) Read(it->first, it->second);
   }
 
   // The rest of the segment that is being filled, or a part of it; sometimes what is there again.
@@ -197,6 +200,34 @@ class Churn {
               Status::kOk);
   }
 
+  // Some tokens of each segment.
+  void Read(uint64_t id, const Life& life) {
+    const size_t row = 2 * data_.d;
+    const auto rows = std::make_shared<std::vector<bf16>>(life.present * row);
+    std::vector<ReadSpan> spans;
+    for (const SegmentSpec& s : life.plan) {
+      const uint64_t end = std::min(life.present, s.first_token + s.capacity);
+      if (s.first_token >= end) break;
+      const uint64_t first = s.first_token + Draw(end - s.first_token);
+      spans.push_back({RequestId(id), 0, 0, first, static_cast<uint32_t>(1 + Draw(end - first)),
+                       rows->data() + first * row});
+    }
+    ++reads_;
+    ASSERT_EQ(host_->Read(spans,
+                          [this, spans, rows, row](Status status) {
+                            bool right = status == Status::kOk;
+                            for (const ReadSpan& s : spans) {
+                              right &= std::memcmp(s.rows, &data_.rows[s.first_token * row],
+                                                   s.count * row * sizeof(bf16)) == 0;
+                            }
+                            const std::lock_guard lock(mutex_);
+                            wrong_ += right ? 0 : 1;
+                            ++answers_;
+                            answered_.notify_one();
+                          }),
+              Status::kOk);
+  }
+
   void Release() {
     const auto it = Any();
     host_->Release(RequestId(it->first));
@@ -210,7 +241,7 @@ class Churn {
   Options options_;
   Random random_{12};
   std::map<uint64_t, Life> alive_;
-  uint64_t refused_ = 0, shared_ = 0, queries_ = 0;
+  uint64_t refused_ = 0, shared_ = 0, queries_ = 0, reads_ = 0;
   std::mutex mutex_;
   std::condition_variable answered_;
   uint64_t answers_ = 0, wrong_ = 0;

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <future>
 #include <numeric>
 
 namespace passel::host::reference {
@@ -185,6 +186,12 @@ std::vector<PartialItem> Wait(HostAttention& host, AttendBatch batch) {
   std::unique_lock lock(mutex);
   arrived.wait(lock, [&] { return done; });
   return result;
+}
+
+Status WaitRead(HostAttention& host, std::vector<ReadSpan> spans) {
+  std::promise<Status> done;
+  const Status status = host.Read(std::move(spans), [&](Status read) { done.set_value(read); });
+  return status == Status::kOk ? done.get_future().get() : status;
 }
 
 void OpenOne(HostAttention& host, const std::vector<SegmentSpec>& plan,

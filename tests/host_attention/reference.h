@@ -60,6 +60,8 @@ Data WithBf16Queries(Data data);
 
 // A HostAttention call, waited for.
 std::vector<PartialItem> Wait(HostAttention& host, AttendBatch batch);
+// What it was done with or, where nothing was started, what it returned.
+Status WaitRead(HostAttention& host, std::vector<ReadSpan> spans);
 
 // Opens request 1, layer 0, KV head 0 with these segments of the plan (all where empty).
 void OpenOne(HostAttention& host, const std::vector<SegmentSpec>& plan,

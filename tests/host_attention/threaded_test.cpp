@@ -188,6 +188,56 @@ TEST(HostAttentionThreaded, WhatThreadsCopyIsWhatWasSent) {
   }
 }
 
+// Reads that come right behind the appends, while these are copied and sealed, and queries between.
+TEST(HostAttentionThreaded, ReadsWaitForWhatThreadsCopy) {
+  Fixture f;
+  const auto plan = PlanSegments(3000, 1500, 1500);
+  const size_t row = 2 * f.data.d;
+  for (int repeat = 0; repeat < 20; ++repeat) {
+    std::vector<std::vector<bf16>> rows;  // of each read
+    std::atomic<int> wrong{0};
+    Latch latch;
+    size_t begun = 0;
+    HostAttention host(f.options);
+    reference::OpenOne(host, plan);
+    ASSERT_EQ(host.SetMean({RequestId(1), 0, 0, f.data.mean}), Status::kOk);
+    const auto read = [&](uint64_t first, uint32_t count) {
+      // In two spans, so that a slice crosses them.
+      bf16* to = rows.emplace_back(count * row).data();
+      const auto judge = [&, first, count, to](Status status) {
+        const bool same =
+            std::ranges::equal(std::as_bytes(std::span(to, count * row)),
+                               std::as_bytes(std::span(&f.data.rows[first * row], count * row)));
+        if (status != Status::kOk || !same) ++wrong;
+        latch.Arrive();
+      };
+      const uint32_t half = count / 2;
+      ASSERT_EQ(host.Read({{RequestId(1), 0, 0, first + half, count - half, to + half * row},
+                           {RequestId(1), 0, 0, first, half, to}},
+                          judge),
+                Status::kOk);
+      ++begun;
+    };
+    for (const SegmentSpec& s : plan) {
+      for (uint64_t at = s.first_token; at < s.first_token + s.capacity; at += 500) {
+        ASSERT_EQ(AppendFrom(host, f, RequestId(1), 0, at, 500, nullptr), Status::kOk);
+        read(at, 500);
+        read(s.first_token, static_cast<uint32_t>(at + 500 - s.first_token));
+        AttendBatch batch;
+        batch.items = {reference::ItemOf(f.data, &f.codes, at + 500)};
+        ++begun;
+        ASSERT_EQ(host.Attend(std::move(batch), [&](auto) { latch.Arrive(); }), Status::kOk);
+      }
+    }
+    // What is read stays while it is.
+    host.Release(RequestId(1));
+    latch.WaitFor(begun);
+    EXPECT_EQ(wrong, 0);
+    while (host.usage().reserved_bytes != 0) std::this_thread::yield();
+    EXPECT_EQ(host.usage().kv_bytes, 0u);
+  }
+}
+
 TEST(HostAttentionThreaded, CodesOutOfRangeFailTheQueriesOfTheirSegmentAlone) {
   Fixture f;
   HostAttention host(f.options);
