@@ -3,27 +3,13 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <new>
-#include <utility>
 
 #include "host_attention/host_attention.h"
+#include "tests/host_attention/no_memory.h"
 #include "tests/host_attention/reference.h"
-
-namespace {
-// The next allocation of this thread fails.
-thread_local bool no_memory = false;
-}  // namespace
-
-void* operator new(size_t size) {
-  void* p = std::exchange(no_memory, false) ? nullptr : std::malloc(size);
-  if (p == nullptr) throw std::bad_alloc();
-  return p;
-}
-void* operator new(size_t size, const std::nothrow_t&) noexcept { return std::malloc(size); }
-void operator delete(void* p) noexcept { std::free(p); }
-void operator delete(void* p, size_t) noexcept { std::free(p); }
 
 namespace passel::host {
 namespace {
@@ -187,7 +173,7 @@ TEST_F(Read, SaysWhereRowsWereLost) {
     const AppendSpan span{RequestId(1), 0, 0, first, 1000, sent->rows.data(), sent->codes.data()};
     std::shared_ptr<const void> memory = sent;
     if (lost) {
-      no_memory = true;
+      FailNextAllocation();
       EXPECT_THROW(host.Append(span, std::move(memory)), std::bad_alloc);
     } else {
       ASSERT_EQ(host.Append(span, std::move(memory)), Status::kOk);
