@@ -47,6 +47,10 @@ std::optional<Parts> PartsOf(const WireShape& s, const KvEntry& e) {
 std::optional<Parts> PartsOf(const WireShape& s, const KeyMeanEntry&) {
   return AsParts(Product(s.head_dim, sizeof(float)), 0, 0);
 }
+std::optional<Parts> PartsOf(const WireShape&, const ReadKvEntry&) { return Parts{}; }
+std::optional<Parts> PartsOf(const WireShape& s, const KvRowsEntry& e) {
+  return AsParts(e.status == 0 ? Product(e.count, 2, s.head_dim, sizeof(bf16)) : 0, 0, 0);
+}
 
 // What is wrong with an entry; null where nothing is.
 const char* Fault(const WireShape& s, const QueryEntry& e) {
@@ -65,13 +69,24 @@ const char* Fault(const WireShape& s, const PartialEntry& e) {
   if (most && e.sampled_tokens > *most) return "sampled_tokens above the context limit";
   return nullptr;
 }
-const char* Fault(const WireShape& s, const KvEntry& e) {
+// Of tokens of a KV head; for the entries that name such.
+template <typename Entry>
+const char* TokensFault(const WireShape& s, const Entry& e) {
   if (e.kv_head >= s.kv_heads) return "KV head out of range";
-  if (e.has_codes > 1) return "has_codes is neither 0 nor 1";
   if (e.reserved != 0) return "reserved is not zero";
   const auto end = CheckedAdd(e.first_token, e.count);
   if (!end || *end > s.max_tokens) return "tokens above the context limit";
   return nullptr;
+}
+const char* Fault(const WireShape& s, const KvEntry& e) {
+  if (e.has_codes > 1) return "has_codes is neither 0 nor 1";
+  return TokensFault(s, e);
+}
+const char* Fault(const WireShape& s, const ReadKvEntry& e) {
+  return e.count == 0 ? "count is zero" : TokensFault(s, e);
+}
+const char* Fault(const WireShape& s, const KvRowsEntry& e) {
+  return e.count == 0 ? "count is zero" : TokensFault(s, e);
 }
 const char* Fault(const WireShape& s, const KeyMeanEntry& e) {
   if (e.kv_head >= s.kv_heads) return "KV head out of range";
@@ -205,6 +220,18 @@ uint64_t PlaceAll(const WireShape& shape, std::span<const Entry> entries, Visit 
   return offset;
 }
 
+// Whether the rows that `entries` ask for fit a reply.
+bool FitOneReply(const WireShape& shape, std::span<const ReadKvEntry> entries) {
+  std::optional<uint64_t> end = RoundUp(entries.size() * sizeof(KvRowsEntry), kAlign);
+  for (const ReadKvEntry& e : entries) {
+    const KvRowsEntry reply{e.request, e.first_token, e.kv_head, e.count, 0, 0};
+    const auto parts = PartsOf(shape, reply);
+    end = parts ? EndOf(*parts, *end) : std::nullopt;
+    if (!end || *end > kMaxPayloadBytes) return false;
+  }
+  return true;
+}
+
 template <typename Entry>
 void CopyEntries(std::span<const Entry> entries, std::vector<std::byte>& to) {
   const auto bytes = std::as_bytes(entries);
@@ -298,6 +325,34 @@ std::optional<std::vector<KeyMeanView>> ParseKeyMean(const WireShape& shape, uin
   return views;
 }
 
+std::optional<std::vector<ReadKvEntry>> ParseReadKv(const WireShape& shape, uint32_t count,
+                                                    PayloadPieces payload, std::string* why) {
+  std::vector<ReadKvEntry> entries;
+  entries.reserve(std::min(count, shape.max_entries));
+  const auto visit = [&](const ReadKvEntry& e, const Parts&, Reader&) -> const char* {
+    entries.push_back(e);
+    return nullptr;
+  };
+  if (!Walk<ReadKvEntry>(shape, count, payload, why, visit)) return std::nullopt;
+  if (!FitOneReply(shape, entries)) {
+    Reject(why, "more rows than a reply holds");
+    return std::nullopt;
+  }
+  return entries;
+}
+
+std::optional<std::vector<KvRowsView>> ParseKvRows(const WireShape& shape, uint32_t count,
+                                                   PayloadPieces payload, std::string* why) {
+  std::vector<KvRowsView> views;
+  views.reserve(std::min(count, shape.max_entries));
+  const auto visit = [&](const KvRowsEntry& e, const Parts& p, Reader& reader) {
+    KvRowsView& v = views.emplace_back(KvRowsView{e, {}});
+    return reader.Take(p[0], &v.rows) ? nullptr : kInPieces;
+  };
+  if (!Walk<KvRowsEntry>(shape, count, payload, why, visit)) return std::nullopt;
+  return views;
+}
+
 std::vector<std::byte> BuildQuery(const WireShape& shape, std::span<const QueryEntry> entries,
                                   std::span<const QuerySource> sources, Pieces* pieces,
                                   std::vector<std::byte> used) {
@@ -328,6 +383,19 @@ std::vector<std::byte> BuildKv(const WireShape& shape, std::span<const KvEntry> 
                        add(sources[i].rows, parts[0]);
                        add(sources[i].codes, parts[1]);
                      });
+}
+
+std::vector<std::byte> BuildKvRows(const WireShape& shape, std::span<const KvRowsEntry> entries,
+                                   std::span<const bf16* const> sources, Pieces* pieces,
+                                   std::vector<std::byte> used) {
+  Check(sources.size() == entries.size(), "K, V with other sources than entries");
+  return BuildPieces(shape, entries, pieces, std::move(used),
+                     [&](size_t i, const Parts& parts, auto add) { add(sources[i], parts[0]); });
+}
+
+std::vector<std::byte> BuildReadKv(const WireShape& shape, std::span<const ReadKvEntry> entries) {
+  Check(FitOneReply(shape, entries), "a read of more rows than a reply holds: split it");
+  return BuildWhole(shape, entries, [](std::byte*, const Parts&, uint64_t) {});
 }
 
 std::vector<std::byte> BuildKeyMean(const WireShape& shape, std::span<const KeyMeanEntry> entries,

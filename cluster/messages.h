@@ -72,6 +72,28 @@ struct KeyMeanEntry {
 };
 static_assert(sizeof(KeyMeanEntry) == 16);
 
+// kReadKv. No data. The rows of a frame's entries fit one reply.
+struct ReadKvEntry {
+  uint64_t request;
+  uint64_t first_token;  // offloaded tokens, from 0; all in one segment
+  uint32_t kv_head;
+  uint32_t count;     // at least 1
+  uint64_t reserved;  // zero
+};
+static_assert(sizeof(ReadKvEntry) == 32);
+
+// kKvRows, the entries in the order of the question. Data of an entry: rows: [count, 2, head_dim]
+// bf16 (K then V); none where `status` says that they could not be read.
+struct KvRowsEntry {
+  uint64_t request;
+  uint64_t first_token;
+  uint32_t kv_head;
+  uint32_t count;     // as asked, also without rows
+  uint32_t status;    // 0, or host::Status
+  uint32_t reserved;  // zero
+};
+static_assert(sizeof(KvRowsEntry) == 32);
+
 // Largest payload of any hot frame; senders split above it, receivers drop.
 inline constexpr uint64_t kMaxPayloadBytes = 16u << 20;
 inline constexpr uint64_t kMaxControlBytes = 1u << 20;
@@ -95,6 +117,10 @@ struct KeyMeanView {
   KeyMeanEntry entry;
   std::span<const float> mean;
 };
+struct KvRowsView {
+  KvRowsEntry entry;
+  std::span<const bf16> rows;  // empty where entry.status is not 0
+};
 
 // A payload in one piece must be aligned to 16 bytes. The views' arrays are those of the payload,
 // which may lie in pieces one behind the other, an array in one of them; what the sender writes to
@@ -110,6 +136,10 @@ std::optional<std::vector<KvView>> ParseKv(const WireShape& shape, uint32_t coun
 std::optional<std::vector<KeyMeanView>> ParseKeyMean(const WireShape& shape, uint32_t count,
                                                      std::span<const std::byte> payload,
                                                      std::string* why);
+std::optional<std::vector<ReadKvEntry>> ParseReadKv(const WireShape& shape, uint32_t count,
+                                                    PayloadPieces payload, std::string* why);
+std::optional<std::vector<KvRowsView>> ParseKvRows(const WireShape& shape, uint32_t count,
+                                                   PayloadPieces payload, std::string* why);
 
 // What is large or travels every layer is sent from where it lies: the entries, which come back,
 // and behind them `pieces`, whose memory is the sources' (one an entry). Entries that the peer's
@@ -135,6 +165,14 @@ struct KvSource {
 std::vector<std::byte> BuildKv(const WireShape& shape, std::span<const KvEntry> entries,
                                std::span<const KvSource> sources, Pieces* pieces,
                                std::vector<std::byte> used = {});
+
+// sources: rows of an entry, not read where its status is not 0.
+std::vector<std::byte> BuildKvRows(const WireShape& shape, std::span<const KvRowsEntry> entries,
+                                   std::span<const bf16* const> sources, Pieces* pieces,
+                                   std::vector<std::byte> used = {});
+
+// Throws, too, where the rows would not fit one reply.
+std::vector<std::byte> BuildReadKv(const WireShape& shape, std::span<const ReadKvEntry> entries);
 
 // A payload with its entries written and its data spaces ready to be filled through the (mutable)
 // spans that come back, in entry order; otherwise as above. `spaces` may be null.

@@ -106,8 +106,8 @@ class Channel {
 
   // Bytes handed to Send or Post for this peer and not yet completed; for flow control.
   virtual uint64_t PendingBytes(RankId to) const = 0;
-  // Query, partial, KV and key-mean frames of other epochs are dropped from here on. Control frames
-  // and heartbeats pass, since they carry the change of epoch; their handlers see header.epoch.
+  // Frames of other epochs are dropped from here on. Control frames and heartbeats pass, since they
+  // carry the change of epoch; their handlers see header.epoch.
   virtual void SetEpoch(uint32_t epoch) = 0;
   // Drops the connection at once; pending sends complete as cancelled and frames of that peer are
   // no longer delivered. The peer-lost handler is not called for it.

@@ -29,9 +29,17 @@ bool IsKnown(FrameType type) {
     case FrameType::kKeyMean:
     case FrameType::kControl:
     case FrameType::kHeartbeat:
+    case FrameType::kReadKv:
+    case FrameType::kKvRows:
       return true;
   }
   return false;
+}
+
+// Questions that may take several frames, and their replies.
+bool HasParts(FrameType type) {
+  return type == FrameType::kQuery || type == FrameType::kPartial || type == FrameType::kReadKv ||
+         type == FrameType::kKvRows;
 }
 
 }  // namespace
@@ -53,9 +61,7 @@ std::optional<FrameHeader> ParseFrameHeader(std::span<const std::byte> bytes,
   if (header.version != kProtocolVersion) return refuse("wrong protocol version");
   if (header.check != CheckOf(bytes)) return refuse("wrong check sum");
   if (!IsKnown(header.type)) return refuse("unknown frame type");
-  if (header.part != 0 && header.type != FrameType::kQuery && header.type != FrameType::kPartial) {
-    return refuse("a part of what has no parts");
-  }
+  if (header.part != 0 && !HasParts(header.type)) return refuse("a part of what has no parts");
   return header;
 }
 
@@ -69,6 +75,8 @@ uint64_t MaxPayloadBytes(FrameType type) {
     case FrameType::kPartial:
     case FrameType::kKv:
     case FrameType::kKeyMean:
+    case FrameType::kReadKv:
+    case FrameType::kKvRows:
       break;
   }
   return 16u << 20;

@@ -9,7 +9,7 @@
 namespace passel::transport {
 
 inline constexpr uint32_t kFrameMagic = 0x4c535350;  // "PSSL"
-inline constexpr uint16_t kProtocolVersion = 2;
+inline constexpr uint16_t kProtocolVersion = 3;
 
 // What the payload is; `cluster/messages.h` defines the payloads.
 enum class FrameType : uint16_t {
@@ -19,6 +19,8 @@ enum class FrameType : uint16_t {
   kKeyMean = 4,    // model → host: the centring vectors μ of a request and layer
   kControl = 5,    // either way: Protobuf
   kHeartbeat = 6,  // either way: no payload
+  kReadKv = 7,     // model → host: asks for K and V of tokens, one layer
+  kKvRows = 8,     // host → model: those
 };
 
 // Fixed size, little-endian, the same for every frame.
@@ -32,10 +34,12 @@ struct FrameHeader {
   uint16_t layer = 0;
   uint16_t micro_batch = 0;
   uint32_t count = 0;  // entries in the payload
-  uint64_t step = 0;   // decode step of the sender, where it matters
+  // Decode step of the sender, where it matters; of a read of K and V its number. A reply carries
+  // it back.
+  uint64_t step = 0;
   uint64_t payload_bytes = 0;
   uint64_t sequence = 0;  // per sender, rising
-  uint32_t part = 0;      // of a query sent in several frames; its reply carries it back
+  uint32_t part = 0;      // of what is asked in several frames; its reply carries it back
   uint32_t check = 0;     // FNV-1a of the 60 bytes before
 };
 inline constexpr size_t kFrameHeaderBytes = 64;

@@ -108,7 +108,9 @@ void HostRank::OnFrame(const transport::FrameHeader& header, transport::Incoming
     case transport::FrameType::kHeartbeat:
       return;
     case transport::FrameType::kPartial:
-      return Drop(header, "partials go to model ranks");
+    case transport::FrameType::kReadKv:
+    case transport::FrameType::kKvRows:
+      return Drop(header, "a frame for model ranks");
   }
   Drop(header, "unknown type");
 }

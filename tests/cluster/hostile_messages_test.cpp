@@ -64,6 +64,61 @@ TEST(Messages, KvFieldsOutOfRange) {
   refused({11, 0, 0, 7, 1, 1}, "reserved is not zero");
 }
 
+TEST(Messages, ReadKvFieldsOutOfRange) {
+  const auto refused = [](ReadKvEntry e, const std::string& reason) {
+    ExpectRefused(ReadKvPayload(), 3, ParseReadKvOf, e, reason);
+  };
+  refused({11, 0, 3, 7, 0}, "KV head out of range");
+  refused({11, 4090, 0, 7, 0}, "tokens above");
+  refused({11, ~uint64_t{0}, 0, 7, 0}, "tokens above");
+  refused({11, 0, 0, 0xffffffff, 0}, "tokens above");
+  refused({11, 0, 0, 0, 0}, "count is zero");
+  refused({11, 0, 0, 7, 1}, "reserved is not zero");
+  refused({11, 0, 0, 7, uint64_t{1} << 63}, "reserved is not zero");
+}
+
+TEST(Messages, KvRowsFieldsOutOfRange) {
+  const auto refused = [](KvRowsEntry e, const std::string& reason) {
+    ExpectRefused(KvRowsPayload(), 3, ParseKvRowsOf, e, reason);
+  };
+  refused({11, 0, 3, 7, 0, 0}, "KV head out of range");
+  refused({11, 4090, 0, 7, 0, 0}, "tokens above");
+  refused({11, ~uint64_t{0}, 0, 7, 0, 0}, "tokens above");
+  refused({11, 0, 0, 0xffffffff, 0, 0}, "tokens above");
+  refused({11, 0, 0, 4096, 0, 0}, "data past the payload's end");
+  refused({11, 0, 0, 0, 0, 0}, "count is zero");
+  refused({11, 0, 0, 7, 0, 1}, "reserved is not zero");
+  refused({11, 0, 0, 7, 1, 0}, "payload longer");  // no rows where they could not be read
+}
+
+// A question whose answer would pass the limit, to the byte.
+TEST(Messages, AReadMustFitItsReply) {
+  const WireShape large{
+      .layers = 1, .kv_heads = 1, .group = 1, .head_dim = 128, .l = 1, .max_tokens = 1u << 20};
+  constexpr uint64_t kMost = kMaxPayloadBytes / 512 - 1;  // 512 bytes a token, beside the entries
+  for (const uint32_t entries : {1u, 2u, 16u}) {
+    for (const uint64_t tokens : {kMost, kMost + 1}) {
+      std::vector<ReadKvEntry> ask(entries, ReadKvEntry{1, 0, 0, 1, 0});
+      ask.back().count = static_cast<uint32_t>(tokens - entries + 1);
+      const auto bytes = std::as_bytes(std::span(ask));
+      std::string why;
+      EXPECT_EQ(ParseReadKvOf(large, entries, bytes, &why).has_value(), tokens == kMost);
+      if (tokens == kMost) {
+        EXPECT_EQ(BuildReadKv(large, ask).size(), bytes.size());
+        continue;
+      }
+      EXPECT_EQ(why, "more rows than a reply holds");
+      EXPECT_THROW(BuildReadKv(large, ask), Error);
+    }
+  }
+  // Sums that 64 bits do not hold.
+  WireShape huge = large;
+  huge.head_dim = std::numeric_limits<uint32_t>::max();
+  huge.max_tokens = std::numeric_limits<uint64_t>::max();
+  const std::vector<ReadKvEntry> ask(64, ReadKvEntry{1, 0, 0, 0xffffffff, 0});
+  EXPECT_FALSE(ParseReadKvOf(huge, 64, std::as_bytes(std::span(ask)), nullptr));
+}
+
 TEST(Messages, KeyMeanFieldsOutOfRange) {
   ExpectRefused(KeyMeanPayload(), 2, ParseKeyMean, KeyMeanEntry{11, 3, 0}, "KV head out of range");
   ExpectRefused(KeyMeanPayload(), 2, ParseKeyMean, KeyMeanEntry{11, 0, 1}, "reserved is not zero");
@@ -96,6 +151,8 @@ TEST(Messages, SizeCountAndAlignmentMustBeExact) {
   ExpectExactSizeCountAndAlignment(QueryPayload(), 3, ParseQueryOf);
   ExpectExactSizeCountAndAlignment(PartialPayload(), 2, ParsePartialOf);
   ExpectExactSizeCountAndAlignment(KvPayload(), 3, ParseKvOf);
+  ExpectExactSizeCountAndAlignment(ReadKvPayload(), 3, ParseReadKvOf);
+  ExpectExactSizeCountAndAlignment(KvRowsPayload(), 3, ParseKvRowsOf);
   ExpectExactSizeCountAndAlignment(KeyMeanPayload(), 2, ParseKeyMean);
 }
 
@@ -117,6 +174,10 @@ TEST(Messages, SizesThatDoNotFit64BitsAreRefused) {
   const KvEntry bad_kv{1, 0, 0, kMax, 1, 0};
   std::memcpy(kv.data(), &bad_kv, sizeof(bad_kv));
   EXPECT_FALSE(ParseKvOf(huge, 1, kv, &why));
+  auto rows = KvRowsPayload();
+  const KvRowsEntry bad_rows{1, 0, 0, kMax, 0, 0};
+  std::memcpy(rows.data(), &bad_rows, sizeof(bad_rows));
+  EXPECT_FALSE(ParseKvRowsOf(huge, 1, rows, &why));
   EXPECT_FALSE(ParsePartialOf(huge, 1, PartialPayload(), &why));
   EXPECT_FALSE(ParseKeyMean(huge, 1, KeyMeanPayload(), &why));
 }
@@ -150,6 +211,11 @@ TEST(Messages, BuildingWhatWouldBeRefusedIsABug) {
   EXPECT_THROW(BuildPartial(kShape, {&partial, 1}, {&values, 1}, &pieces), Error);
   const QueryEntry valid{1, 100, 0, 1, 1, 0};
   EXPECT_THROW(BuildQuery(kShape, {&valid, 1}, {}, &pieces), Error);
+  const KvRowsEntry rows{1, 4096, 0, 1, 0, 0};
+  const bf16* const q_data = q.data();
+  EXPECT_THROW(BuildKvRows(kShape, {&rows, 1}, {&q_data, 1}, &pieces), Error);
+  const ReadKvEntry read{1, 0, 0, 0, 0};
+  EXPECT_THROW(BuildReadKv(kShape, {&read, 1}), Error);
   const std::vector<KeyMeanEntry> many(101, KeyMeanEntry{1, 0, 0});
   EXPECT_THROW(BuildKeyMean(kShape, many, nullptr), Error);
 }
@@ -220,6 +286,18 @@ TEST(Messages, MutatedPayloadsNeverReachOutside) {
            EXPECT_LE(v.entry.first_token + v.entry.count, kShape.max_tokens);
            EXPECT_EQ(v.rows.size(), v.entry.count * 32u);
            return Sum(p, v.rows) + Sum(p, v.codes);
+         });
+  Mutate(ReadKvPayload(), 3, sizeof(ReadKvEntry), ParseReadKvOf,
+         [](std::span<const std::byte>, const ReadKvEntry& e) {
+           EXPECT_LT(e.kv_head, kShape.kv_heads);
+           EXPECT_LE(e.first_token + e.count, kShape.max_tokens);
+           return uint64_t{0};
+         });
+  Mutate(KvRowsPayload(), 3, sizeof(KvRowsEntry), ParseKvRowsOf,
+         [](std::span<const std::byte> p, const KvRowsView& v) {
+           EXPECT_LE(v.entry.first_token + v.entry.count, kShape.max_tokens);
+           EXPECT_EQ(v.rows.size(), v.entry.status ? 0u : v.entry.count * 32u);
+           return Sum(p, v.rows);
          });
   Mutate(KeyMeanPayload(), 2, sizeof(KeyMeanEntry), ParseKeyMean,
          [](std::span<const std::byte> p, const KeyMeanView& v) {

@@ -75,6 +75,34 @@ TEST(Messages, KvRoundTrip) {
   EXPECT_EQ(payload.size(), 3u * 32 + 7 * 64 + 80 + 64);
 }
 
+TEST(Messages, ReadKvRoundTrip) {
+  const auto payload = ReadKvPayload();
+  std::string why;
+  const auto entries = ParseReadKvOf(kShape, 3, payload, &why);
+  ASSERT_TRUE(entries) << why;
+  ASSERT_EQ(entries->size(), 3u);
+  const auto want = ReadKvEntries();
+  EXPECT_EQ(std::memcmp(entries->data(), want.data(), 3 * sizeof(ReadKvEntry)), 0);
+  EXPECT_EQ(payload.size(), 3u * 32);
+}
+
+TEST(Messages, KvRowsRoundTrip) {
+  const auto payload = KvRowsPayload();
+  std::string why;
+  const auto views = ParseKvRowsOf(kShape, 3, payload, &why);
+  ASSERT_TRUE(views) << why;
+  ASSERT_EQ(views->size(), 3u);
+  uint32_t n = 1;
+  for (size_t i = 0; i < 3; ++i) {
+    const KvRowsView& v = (*views)[i];
+    const KvRowsEntry e = KvRowsEntries()[i];
+    EXPECT_EQ(std::memcmp(&v.entry, &e, sizeof(e)), 0);
+    EXPECT_EQ(v.rows.size(), e.status ? 0u : e.count * 32u);
+    ExpectFilled(v.rows, &n);
+  }
+  EXPECT_EQ(payload.size(), 3u * 32 + 8 * 64);
+}
+
 TEST(Messages, KeyMeanRoundTrip) {
   const auto payload = KeyMeanPayload();
   std::string why;
@@ -105,6 +133,7 @@ bool SameData(const QueryView& a, const QueryView& b) {
 bool SameData(const PartialView& a, const PartialView& b) {
   return Same(a.max, b.max) && Same(a.den, b.den) && Same(a.num, b.num);
 }
+bool SameData(const KvRowsView& a, const KvRowsView& b) { return Same(a.rows, b.rows); }
 
 // A payload cut anywhere, empty pieces among them: read as if it were whole where no array is cut,
 // else refused.
@@ -147,6 +176,7 @@ void ExpectPiecesAsWhole(const std::vector<std::byte>& payload, uint32_t count, 
 TEST(Messages, PiecesAreReadWhereTheyLie) {
   ExpectPiecesAsWhole<QueryView>(QueryPayload(), 3, ParseQuery, ParseQueryOf);
   ExpectPiecesAsWhole<PartialView>(PartialPayload(), 2, ParsePartial, ParsePartialOf);
+  ExpectPiecesAsWhole<KvRowsView>(KvRowsPayload(), 3, ParseKvRows, ParseKvRowsOf);
 }
 
 }  // namespace

@@ -78,6 +78,12 @@ inline std::vector<PartialEntry> PartialEntries() {
 inline std::vector<KvEntry> KvEntries() {
   return {{11, 0, 0, 7, 1, 0}, {12, 4095, 2, 1, 0, 0}, {13, 4096, 1, 0, 1, 0}};
 }
+inline std::vector<ReadKvEntry> ReadKvEntries() {
+  return {{11, 0, 0, 7, 0}, {12, 4095, 2, 1, 0}, {~uint64_t{0}, 0, 1, 4096, 0}};
+}
+inline std::vector<KvRowsEntry> KvRowsEntries() {
+  return {{11, 0, 0, 7, 0, 0}, {12, 4095, 2, 1, 0, 0}, {13, 0, 1, 4096, 3, 0}};
+}
 inline std::vector<KeyMeanEntry> KeyMeanEntries() { return {{11, 0, 0}, {12, 2, 0}}; }
 
 // Of vectors that begin apart, as they lie on a device.
@@ -132,6 +138,20 @@ inline std::vector<std::byte> KvPayload() {
   auto out = BuildKv(kShape, entries, sources, &pieces);
   return Joined(std::move(out), pieces);
 }
+inline std::vector<std::byte> ReadKvPayload() { return BuildReadKv(kShape, ReadKvEntries()); }
+inline std::vector<std::byte> KvRowsPayload() {
+  const auto entries = KvRowsEntries();
+  std::vector<std::vector<bf16>> rows;
+  std::vector<const bf16*> sources;
+  uint32_t n = 1;
+  for (const KvRowsEntry& e : entries) {
+    Fill(std::span(rows.emplace_back(e.status ? 0 : size_t{e.count} * 2 * kShape.head_dim)), &n);
+    sources.push_back(e.status ? nullptr : rows.back().data());
+  }
+  Pieces pieces;
+  auto out = BuildKvRows(kShape, entries, sources, &pieces);
+  return Joined(std::move(out), pieces);
+}
 inline std::vector<std::byte> KeyMeanPayload() {
   std::vector<std::span<float>> spaces;
   auto out = BuildKeyMean(kShape, KeyMeanEntries(), &spaces);
@@ -152,6 +172,14 @@ inline auto ParsePartialOf(const WireShape& shape, uint32_t count,
 inline auto ParseKvOf(const WireShape& shape, uint32_t count, std::span<const std::byte> payload,
                       std::string* why) {
   return ParseKv(shape, count, {&payload, 1}, why);
+}
+inline auto ParseReadKvOf(const WireShape& shape, uint32_t count,
+                          std::span<const std::byte> payload, std::string* why) {
+  return ParseReadKv(shape, count, {&payload, 1}, why);
+}
+inline auto ParseKvRowsOf(const WireShape& shape, uint32_t count,
+                          std::span<const std::byte> payload, std::string* why) {
+  return ParseKvRows(shape, count, {&payload, 1}, why);
 }
 
 }  // namespace passel::cluster

@@ -86,9 +86,9 @@ TEST(Frame, SealedButWrongFieldsAreRefusedByName) {
     std::string_view reason;
   } cases[] = {
       {[](FrameHeader& h) { h.magic = 1; }, "wrong magic"},
-      {[](FrameHeader& h) { h.version = 1; }, "wrong protocol version"},
+      {[](FrameHeader& h) { h.version = 2; }, "wrong protocol version"},
       {[](FrameHeader& h) { h.type = FrameType{0}; }, "unknown frame type"},
-      {[](FrameHeader& h) { h.type = FrameType{7}; }, "unknown frame type"},
+      {[](FrameHeader& h) { h.type = FrameType{9}; }, "unknown frame type"},
       {[](FrameHeader& h) {
          h.type = FrameType::kKv;
          h.part = 1;
@@ -190,12 +190,13 @@ TEST(FrameGate, HostileHeadersAreNeverAdmittedMalformed) {
     ASSERT_EQ(h->version, kProtocolVersion);
     ASSERT_EQ(h->nonce, 77u);
     ASSERT_EQ(h->source, 1);
-    const bool has_parts = h->type == FrameType::kQuery || h->type == FrameType::kPartial;
+    const bool has_parts = h->type == FrameType::kQuery || h->type == FrameType::kPartial ||
+                           h->type == FrameType::kReadKv || h->type == FrameType::kKvRows;
     ASSERT_TRUE(h->part == 0 || has_parts);
     ASSERT_EQ(h->payload_bytes, payload);
     ASSERT_LE(payload, MaxPayloadBytes(h->type));
     ASSERT_GE(static_cast<int>(h->type), 1);
-    ASSERT_LE(static_cast<int>(h->type), 6);
+    ASSERT_LE(static_cast<int>(h->type), 8);
     const bool free_of_epoch = h->type == FrameType::kControl || h->type == FrameType::kHeartbeat;
     ASSERT_TRUE(h->epoch == 3 || free_of_epoch);
   }
