@@ -35,7 +35,8 @@ HostLink::HostLink(const Job& job, transport::Channel& channel, const model::Ten
       on_control_(std::move(on_control)),
       shape_(job.wire_shape()),
       host_ranks_(job.RanksOf(cluster::Role::kHost)),
-      health_(Watch(job, host_ranks_)) {
+      health_(Watch(job, host_ranks_)),
+      reader_(channel_, shape_, slice_, host_ranks_, health_) {
   channel_.SetFrameHandler([this](const transport::FrameHeader& h, transport::IncomingPayload& p) {
     try {
       OnFrame(h, p);
@@ -102,8 +103,9 @@ std::unique_ptr<gpu::Buffer> HostLink::AllocateStaging(gpu::Device& device, size
 }
 
 uint64_t HostLink::Ticket(uint64_t step, int32_t layer, uint16_t micro_batch, uint32_t part) {
-  return HashBytes(&step, sizeof step) ^ (uint64_t{part} << 32) ^
-         (static_cast<uint64_t>(layer) << 16) ^ micro_batch;
+  const uint64_t ticket = HashBytes(&step, sizeof step) ^ (uint64_t{part} << 32) ^
+                          (static_cast<uint64_t>(layer) << 16) ^ micro_batch;
+  return ticket & ~KvReader::kTicketBit;
 }
 
 void HostLink::Send(uint32_t host, transport::FrameHeader header, std::vector<std::byte> payload) {
@@ -261,6 +263,11 @@ void HostLink::OnFrame(const transport::FrameHeader& header, transport::Incoming
   }
   health_.Heard(from, Clock::now());
   if (header.type == transport::FrameType::kPartial) return OnPartial(header, payload.pieces());
+  if (header.type == transport::FrameType::kKvRows) {
+    std::string why;
+    if (!reader_.OnRows(header, payload.pieces(), &why)) Drop(header, why);
+    return;
+  }
   if (header.type == transport::FrameType::kControl) {
     const std::span<const std::byte> bytes = payload.whole();
     cluster::proto::Control message;
@@ -271,11 +278,13 @@ void HostLink::OnFrame(const transport::FrameHeader& header, transport::Incoming
   if (header.type != transport::FrameType::kHeartbeat) ++dropped_;
 }
 
+void HostLink::Drop(const transport::FrameHeader& header, const std::string& why) {
+  spdlog::debug("a reply of rank {} dropped: {}", header.source, why);
+  ++dropped_;
+}
+
 void HostLink::OnPartial(const transport::FrameHeader& header, cluster::PayloadPieces payload) {
-  const auto drop = [&](const std::string& why) {
-    spdlog::debug("a partial of rank {} dropped: {}", header.source, why);
-    ++dropped_;
-  };
+  const auto drop = [&](const std::string& why) { Drop(header, why); };
   const RankId from(header.source);
   ReplyBox* box = header.micro_batch < boxes_.size() ? boxes_[header.micro_batch] : nullptr;
   if (!box || box->step != header.step || box->layer != header.layer || box->complete()) {

@@ -11,6 +11,7 @@
 #include "cluster/messages.h"
 #include "cluster/shard_map.h"
 #include "runtime/engine/job.h"
+#include "runtime/engine/kv_reader.h"
 #include "runtime/engine/query_plan.h"
 #include "runtime/model/transformer.h"
 #include "transport/channel.h"
@@ -83,6 +84,15 @@ class HostLink {
   // have them.
   void SendKv(int32_t layer, std::span<const KvRun> runs, uint64_t rows, const bf16* kv,
               const uint16_t* codes, const std::shared_ptr<const void>& memory);
+  // Reads tokens [first_token, first_token + count) of one layer back, for all KV heads of this
+  // rank: kv: [kv_heads, count, 2, head_dim], in host memory, filled by Pump until `box`, which
+  // must be complete before, is complete. Hosts wait for tokens that have not come. Several boxes
+  // may be open at once. Forget them before the request is released; a host that cannot read ends
+  // the job (Pump throws).
+  void ReadKv(int32_t layer, const HostedRequest& hosted, uint64_t first_token, uint64_t count,
+              bf16* kv, KvBox* box) {
+    reader_.Read(layer, hosted, first_token, count, kv, box);
+  }
   // μ of one request and layer. mean: [kv_heads·head_dim].
   void SendKeyMean(const HostedRequest& hosted, int32_t layer, const float* mean);
   void SendControl(uint32_t host, const cluster::proto::Control& message);
@@ -96,6 +106,7 @@ class HostLink {
  private:
   void OnFrame(const transport::FrameHeader& header, transport::IncomingPayload& payload);
   void OnPartial(const transport::FrameHeader& header, cluster::PayloadPieces payload);
+  void Drop(const transport::FrameHeader& header, const std::string& why);
   void Send(uint32_t host, transport::FrameHeader header, std::vector<std::byte> payload);
   static uint64_t Ticket(uint64_t step, int32_t layer, uint16_t micro_batch, uint32_t part);
 
@@ -108,6 +119,7 @@ class HostLink {
   cluster::HealthTracker health_;
   transport::PayloadPool payloads_;  // of the entries of what is sent from elsewhere
   std::vector<ReplyBox*> boxes_;     // by micro-batch
+  KvReader reader_;
   std::string lost_;
   uint64_t dropped_ = 0;
 };

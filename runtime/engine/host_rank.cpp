@@ -16,6 +16,9 @@ constexpr uint64_t kMaxEarlyBytes = uint64_t{256} << 20;
 // Of K, V frames that attention's threads copy: of one at least, and of all at most.
 constexpr uint64_t kLeastHeld = uint64_t{64} << 10, kMostHeld = uint64_t{64} << 20;
 
+// What is kept for partials: 32 MiB.
+constexpr ReplyMemory::Limits kReplyMemory{16, size_t{1} << 16, size_t{1} << 21};
+
 std::vector<std::byte> Serialize(const cluster::proto::Control& message) {
   std::vector<std::byte> out(message.ByteSizeLong());
   message.SerializeToArray(out.data(), static_cast<int>(out.size()));
@@ -28,7 +31,9 @@ HostRank::HostRank(const Job& job, transport::Channel& channel, uint64_t memory_
     : job_(job),
       channel_(channel),
       shape_(job.wire_shape()),
-      replies_(channel, job.RanksOf(cluster::Role::kModel)),
+      replies_(channel, job.RanksOf(cluster::Role::kModel), kReplyMemory),
+      reads_(channel, shape_, job.RanksOf(cluster::Role::kModel), attention_,
+             [this](const transport::FrameHeader& h, const std::string& why) { Drop(h, why); }),
       attention_(job.host_options(memory_bytes)),
       heard_(Clock::now()),
       beat_(Clock::now()) {
@@ -57,6 +62,7 @@ int HostRank::Run() {
   const bool helps = job_.spin >= std::chrono::milliseconds(1);
   while (!stop_) {
     const bool any = channel_.Progress();
+    reads_.Advance();  // replies that are gone have left room
     const bool helped = helps && attention_.Help();
     if (!any && !helped) channel_.Wait(std::chrono::milliseconds(100));
     const auto now = Clock::now();
@@ -107,8 +113,10 @@ void HostRank::OnFrame(const transport::FrameHeader& header, transport::Incoming
       return OnControl(header, payload);
     case transport::FrameType::kHeartbeat:
       return;
-    case transport::FrameType::kPartial:
     case transport::FrameType::kReadKv:
+      if (std::string why; !reads_.Take(header, payload.pieces(), &why)) Drop(header, why);
+      return;
+    case transport::FrameType::kPartial:
     case transport::FrameType::kKvRows:
       return Drop(header, "a frame for model ranks");
   }
@@ -265,6 +273,7 @@ void HostRank::RetryWaiting() {
     waiting_bytes_ += query->bytes();
     waiting_.push_back(std::move(query));
   }
+  reads_.Retry();
 }
 
 bool HostRank::Start(const std::shared_ptr<Query>& query) {
@@ -357,6 +366,7 @@ void HostRank::OnControl(const transport::FrameHeader& header, std::span<const s
     peak_tables_ = std::max(peak_tables_, usage.table_bytes);
     const uint64_t request = message.release().request();
     attention_.Release(RequestId(request));
+    reads_.Forget(RequestId(request));
     RetryEarly();
     std::erase_if(waiting_, [&](const std::shared_ptr<Query>& query) {
       const bool asks = std::any_of(query->views.begin(), query->views.end(),

@@ -15,6 +15,7 @@
 #include "cluster/control.pb.h"
 #include "host_attention/host_attention.h"
 #include "runtime/engine/job.h"
+#include "runtime/engine/kv_read_server.h"
 #include "runtime/engine/reply_memory.h"
 #include "transport/channel.h"
 #include "transport/payload_pool.h"
@@ -63,7 +64,7 @@ class HostRank {
   bool TakeKv(const transport::FrameHeader& header, const cluster::KvView& kv,
               const std::shared_ptr<const void>& memory);
   // Whether attention's threads still use memory of the transport's.
-  bool busy() const { return in_flight_ > 0 || held_bytes_ > 0; }
+  bool busy() const { return in_flight_ > 0 || held_bytes_ > 0 || reads_.busy(); }
   void OnKeyMean(const transport::FrameHeader& header, std::span<const std::byte> payload);
   void OnQuery(const transport::FrameHeader& header, transport::IncomingPayload& payload);
   void OnControl(const transport::FrameHeader& header, std::span<const std::byte> payload);
@@ -83,6 +84,7 @@ class HostRank {
   cluster::WireShape shape_;
   transport::PayloadPool payloads_;  // of replies' entries
   ReplyMemory replies_;
+  KvReadServer reads_;
   std::atomic<uint64_t> held_bytes_ = 0;  // of K, V frames
   host::HostAttention attention_;
   std::deque<std::shared_ptr<Query>> waiting_;

@@ -6,7 +6,7 @@
 namespace passel::engine {
 
 std::shared_ptr<float> ReplyMemory::Take(size_t floats) {
-  const size_t bytes = std::bit_ceil(std::max(floats * sizeof(float), kSmallest));
+  const size_t bytes = std::bit_ceil(std::max(floats * sizeof(float), limits_.smallest));
   const auto in = [](const std::shared_ptr<transport::SharedMemory>& block) {
     return std::shared_ptr<float>(block, reinterpret_cast<float*>(block->bytes().data()));
   };
@@ -16,9 +16,9 @@ std::shared_ptr<float> ReplyMemory::Take(size_t floats) {
     if (block->bytes().size() >= bytes) return in(block);
     small = &block;
   }
-  if (bytes <= kLargest && (blocks_.size() < kMost || small != nullptr)) {
+  if (bytes <= limits_.largest && (blocks_.size() < limits_.most || small != nullptr)) {
     if (auto block = channel_.ShareMemory(bytes, readers_)) {
-      if (blocks_.size() < kMost) small = &blocks_.emplace_back();
+      if (blocks_.size() < limits_.most) small = &blocks_.emplace_back();
       *small = std::move(block);
       return in(*small);
     }

@@ -13,16 +13,19 @@ namespace passel::engine {
 // lie.
 class ReplyMemory {
  public:
-  ReplyMemory(transport::Channel& channel, std::vector<RankId> readers)
-      : channel_(channel), readers_(std::move(readers)) {}
+  // What is kept: `most` blocks, of so many bytes at least and at most.
+  struct Limits {
+    size_t most, smallest, largest;
+  };
+  ReplyMemory(transport::Channel& channel, std::vector<RankId> readers, const Limits& limits)
+      : channel_(channel), readers_(std::move(readers)), limits_(limits) {}
   // Of the channel's thread; it may go in any.
   std::shared_ptr<float> Take(size_t floats);
 
  private:
-  // What is kept: 32 MiB.
-  static constexpr size_t kMost = 16, kSmallest = size_t{1} << 16, kLargest = size_t{1} << 21;
   transport::Channel& channel_;
   std::vector<RankId> readers_;
+  const Limits limits_;
   std::vector<std::shared_ptr<transport::SharedMemory>> blocks_;
 };
 

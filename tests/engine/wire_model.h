@@ -8,6 +8,7 @@
 #include <functional>
 #include <iterator>
 #include <memory>
+#include <set>
 #include <vector>
 
 #include "runtime/base/partial.h"
@@ -30,8 +31,8 @@ class WireModel {
     slice_.kv_heads = spec.kv_heads;
     slice_.heads = spec.kv_heads * spec.group;
     link_ = std::make_unique<HostLink>(hosts_.job(), hosts_.channel(), slice_,
-                                       [this](RankId, const cluster::proto::Control& message) {
-                                         if (message.open_reply().accepted()) ++opened_;
+                                       [this](RankId from, const cluster::proto::Control& message) {
+                                         if (message.open_reply().accepted()) opened_.insert(from);
                                        });
   }
 
@@ -60,9 +61,9 @@ class WireModel {
     open.set_prompt_tokens(prompt);
     open.set_max_tokens(generated);
     open.set_mode(static_cast<uint32_t>(mode));
-    opened_ = 0;
+    opened_.clear();
     link_->SendControlToAll(message);
-    PumpUntil([&] { return opened_ == spec_.hosts; });
+    PumpUntil([&] { return opened_.size() == spec_.hosts; });
     data_.clear();
     codes_.clear();
     const uint64_t all = job().Offloaded(prompt + generated);
@@ -182,6 +183,17 @@ class WireModel {
     }
   }
 
+  // kv: [kv_heads, count, 2, head_dim], as it was read back.
+  void JudgeRows(int32_t layer, uint64_t first, uint64_t count, const std::vector<bf16>& kv) {
+    const size_t row = 2 * static_cast<size_t>(spec_.head_dim);
+    for (size_t h = 0; h < static_cast<size_t>(spec_.kv_heads); ++h) {
+      EXPECT_EQ(std::memcmp(&kv[h * count * row], &Data(layer, h).rows[first * row],
+                            count * row * sizeof(bf16)),
+                0)
+          << "layer " << layer << ", head " << h << ", " << count << " tokens from " << first;
+    }
+  }
+
   double sampled_fraction() const {
     return static_cast<double>(sampled_) / static_cast<double>(asked_);
   }
@@ -203,7 +215,7 @@ class WireModel {
   size_t slot_bytes_ = 0;
   std::vector<QueryFrame> plan_;
   std::vector<float> values_;  // of the replies
-  uint32_t opened_ = 0;
+  std::set<RankId> opened_;    // hosts that took the request
   uint64_t sampled_ = 0, asked_ = 0;
   std::vector<reference::Data> data_;
   std::vector<reference::Codes> codes_;
