@@ -44,6 +44,7 @@ constexpr FieldRule kRules[] = {
     {"engine.max_batch", "64", 1, 65536},
     {"engine.max_inflight", "1024", 1, 1048576},
     {"engine.prefill_chunk", "512", 16, 65536},
+    {"engine.prefill_part", "0"},
     {"engine.prefix_sharing", "false", std::nullopt, std::nullopt, "false"},
     {"engine.deterministic", "false"},
 };

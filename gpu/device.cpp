@@ -47,12 +47,13 @@ void CheckRope(const Tensor& x, int32_t head_dim, const Tensor& table) {
         "Rope: shapes disagree");
 }
 
-void CheckPackKv(const Tensor& k, const Tensor& v, const Tensor& out) {
-  const bool bf16s = k.type == DType::kBf16 && v.type == DType::kBf16 && out.type == DType::kBf16;
-  const int64_t dim = out.cols / 2;
-  Check(bf16s && v.rows == k.rows && v.cols == k.cols && dim > 0 && out.cols == 2 * dim &&
-            k.cols % dim == 0 && out.rows == k.rows * (k.cols / dim),
-        "PackKv: shapes disagree");
+void CheckPackKv(const Tensor& k, const Tensor& v, const Tensor& packed) {
+  const bool bf16s =
+      k.type == DType::kBf16 && v.type == DType::kBf16 && packed.type == DType::kBf16;
+  const int64_t dim = packed.cols / 2;
+  Check(bf16s && v.rows == k.rows && v.cols == k.cols && dim > 0 && packed.cols == 2 * dim &&
+            k.cols % dim == 0 && packed.rows == k.rows * (k.cols / dim),
+        "PackKv, UnpackKv: shapes disagree");
 }
 
 bool FitCodes(const Tensor& codes, int64_t n, int64_t heads, int64_t l) {

@@ -213,6 +213,8 @@ class Device {
   // As K and V leave for host ranks, by head: out: [kv_heads·n, 2·head_dim] bf16, whose row h·n + i
   // has head h of row i of k, then of v: [n, kv_heads·head_dim] bf16. out may be staging memory.
   virtual void PackKv(Tensor k, Tensor v, Tensor out) = 0;
+  // The reverse. in: what PackKv's `out` holds; may be staging memory.
+  virtual void UnpackKv(Tensor in, Tensor k, Tensor v) = 0;
   // Exact attention of one query row per sequence over its view. q: [n, heads·head_dim] f32.
   virtual void DecodeAttention(Tensor q, std::span<const KvView> views, Partials out) = 0;
   // Causal attention of a prefill chunk: query row i stands at position start + i and sees keys
@@ -250,12 +252,12 @@ class Device {
   virtual std::unique_ptr<Collectives> MakeCollectives(std::unique_ptr<Collectives> host) = 0;
 };
 
-// What every backend checks: the arguments of RopeTable, Rope and PackKv (throws), and whether
-// `codes` fit HashCodes of n rows of so many heads.
+// What every backend checks: the arguments of RopeTable, Rope, and PackKv and UnpackKv (throws),
+// and whether `codes` fit HashCodes of n rows of so many heads.
 void CheckRopeTable(std::span<const float> inv_freq, std::span<const int64_t> positions,
                     const Tensor& table);
 void CheckRope(const Tensor& x, int32_t head_dim, const Tensor& table);
-void CheckPackKv(const Tensor& k, const Tensor& v, const Tensor& out);
+void CheckPackKv(const Tensor& k, const Tensor& v, const Tensor& packed);
 bool FitCodes(const Tensor& codes, int64_t n, int64_t heads, int64_t l);
 
 struct DeviceOptions {

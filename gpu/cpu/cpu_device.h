@@ -59,6 +59,7 @@ class CpuDevice final : public Device {
   void LoadKv(std::span<const int32_t> pages, std::span<const int64_t> slots, Tensor k,
               Tensor v) override;
   void PackKv(Tensor k, Tensor v, Tensor out) override;
+  void UnpackKv(Tensor in, Tensor k, Tensor v) override;
   void DecodeAttention(Tensor q, std::span<const KvView> views, Partials out) override;
   void CausalAttention(const AttentionShape& shape, Tensor q, Tensor k, Tensor v, int64_t start,
                        int64_t window, Tensor out) override;

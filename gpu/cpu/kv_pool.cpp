@@ -88,6 +88,18 @@ void CpuDevice::PackKv(Tensor k, Tensor v, Tensor out) {
   });
 }
 
+void CpuDevice::UnpackKv(Tensor in, Tensor k, Tensor v) {
+  CheckPackKv(k, v, in);
+  const int64_t dim = in.cols / 2;
+  ForRows(in.rows, in.cols, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const int64_t head = r / k.rows, i = r % k.rows;
+      std::copy_n(RowPtr<bf16>(in, r), dim, RowPtr<bf16>(k, i) + head * dim);
+      std::copy_n(RowPtr<bf16>(in, r) + dim, dim, RowPtr<bf16>(v, i) + head * dim);
+    }
+  });
+}
+
 namespace {
 
 // A run of pages of one sequence and KV head: one task. Runs are cut the same way whatever the

@@ -144,6 +144,11 @@ void CudaDevice::PackKv(Tensor k, Tensor v, Tensor out) {
   LaunchPackKv(IssueTo(), k, v, out);
 }
 
+void CudaDevice::UnpackKv(Tensor in, Tensor k, Tensor v) {
+  CheckPackKv(k, v, in);
+  LaunchUnpackKv(IssueTo(), in, k, v);
+}
+
 void CudaDevice::DecodeAttention(Tensor q, std::span<const KvView> views, Partials out) {
   Check(pool_ != nullptr, "DecodeAttention before CreateKvPool");
   const int64_t n = q.rows;

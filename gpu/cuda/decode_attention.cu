@@ -288,6 +288,20 @@ void LaunchPackKv(cudaStream_t stream, Tensor k, Tensor v, Tensor out) {
       });
 }
 
+void LaunchUnpackKv(cudaStream_t stream, Tensor in, Tensor k, Tensor v) {
+  const int64_t dim = in.cols / 2, rows = k.rows;
+  ForFours(
+      stream, in.rows, 1, dim,
+      [=] __device__(int64_t r, int64_t, int64_t j, int count) {
+        return KeyAndValue{LoadFour(in, r, j, count), LoadFour(in, r, dim + j, count)};
+      },
+      [=] __device__(int64_t r, int64_t, int64_t j, int count, const KeyAndValue& both) {
+        const int64_t i = r % rows, to = r / rows * dim + j;
+        StoreFour(k, i, to, count, both.k);
+        StoreFour(v, i, to, count, both.v);
+      });
+}
+
 void LaunchDecodeAttention(cudaStream_t stream, PoolView pool, Tensor q, const int32_t* pages,
                            const DecodeRow* rows, int32_t max_splits, float* scratch,
                            Partials out) {

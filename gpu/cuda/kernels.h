@@ -75,6 +75,7 @@ struct PoolView {
 void LaunchStoreKv(cudaStream_t stream, PoolView pool, const int64_t* slots, Tensor k, Tensor v);
 void LaunchLoadKv(cudaStream_t stream, PoolView pool, const int64_t* slots, Tensor k, Tensor v);
 void LaunchPackKv(cudaStream_t stream, Tensor k, Tensor v, Tensor out);
+void LaunchUnpackKv(cudaStream_t stream, Tensor in, Tensor k, Tensor v);
 
 // One query row of a decode batch. How it is cut depends on its own length alone, so that bits do
 // not depend on the batch.

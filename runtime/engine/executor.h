@@ -1,16 +1,19 @@
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <functional>
 #include <memory>
 #include <span>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "gpu/device.h"
 #include "runtime/engine/host_link.h"
 #include "runtime/engine/job.h"
 #include "runtime/engine/kv_pages.h"
+#include "runtime/engine/layer_reader.h"
 #include "runtime/engine/staging_ring.h"
 #include "runtime/model/transformer.h"
 
@@ -45,35 +48,45 @@ struct Workspace {
   // window, where a new token takes the place of the one that left.
   int64_t SlotOf(int32_t layer, int64_t position) const;
   int64_t SlotsOf(int32_t layer, int64_t tokens) const;
+  // Of positions [0, end) of a prompt of so many tokens, those that its layer keeps on the device
+  // until the next are computed: two runs [begin, end).
+  std::array<std::pair<int64_t, int64_t>, 2> Kept(int32_t layer, int64_t end, int64_t prompt) const;
   // Pages of a request on this rank's device.
   int64_t PagesFor(int32_t layer, int64_t tokens) const;
   int64_t PagesFor(int64_t tokens) const;
   gpu::Tensor Means(const Sequence& sequence, int32_t layer) const;
 };
 
-// Prefill of one request, layer by layer over the whole prompt, in chunks. A layer's K, V and codes
-// leave for the host ranks, piece by piece, while the next layer computes.
+// Prefill of one request, layer by layer over the whole prompt or, where it is longer than `part`
+// tokens, over a part of it after the other, in chunks. A layer's K, V and codes leave for the host
+// ranks, piece by piece, while the next layer computes; those of earlier parts come back while the
+// layer before computes.
 class PrefillJob {
  public:
-  PrefillJob(Workspace& workspace, Sequence& sequence, model::Activations& activations);
-  // What one takes of the device's memory: bytes for each token of the prompt, and beside them.
-  static uint64_t BytesPerToken(const Workspace& workspace);
-  static uint64_t FixedBytes(const Workspace& workspace);
+  PrefillJob(Workspace& workspace, Sequence& sequence, model::Activations& activations,
+             int64_t part);
+  // What one takes of the device's memory: bytes for each token of a part, for each of the prompt,
+  // and beside them.
+  struct Memory {
+    uint64_t part_token, prompt_token, fixed;
+  };
+  static Memory MemoryOf(const Workspace& workspace);
   // For Workspace::pieces; null where prefill sends nothing.
   static std::unique_ptr<StagingRing> MakePieces(const Workspace& workspace);
 
   // Does one chunk of one layer; true when all is done and the activations hold the logits of the
-  // last position. Does nothing while as much is under way to the hosts as may be: see Blocked.
+  // last position. Does nothing while as much is under way to the hosts as may be, or what the
+  // layer reads is under way from them: see Blocked.
   bool Step();
-  bool Blocked() const;
+  bool Blocked();
 
  private:
   // K and V of a layer. Layers take turns between two where they leave for hosts.
   struct LayerKv {
     gpu::Tensor k, v;
   };
-  // What leaves for the hosts: first the mean of the layer's keys, where it hashes, then tokens
-  // [done, tokens).
+  // What leaves for the hosts: before the first token the mean of the layer's keys, where it
+  // hashes, then tokens [done, tokens).
   struct Offload {
     int32_t layer = -1;
     int64_t tokens = 0, done = 0;
@@ -89,6 +102,15 @@ class PrefillJob {
     std::unique_ptr<gpu::Event> copied;  // null: none is under way
   };
 
+  int64_t tokens() const { return static_cast<int64_t>(sequence_.prompt.size()); }
+  bool Resident(int32_t layer) const {
+    return w_.kinds[static_cast<size_t>(layer)] == Job::LayerKind::kResident;
+  }
+  // Tokens of [0, position) that hosts have once all of them are computed.
+  int64_t OffloadedBefore(int64_t position) const;
+  void BeginPart(int64_t begin);
+  void BeginLayer();
+  void ReadBack(int32_t layer);
   void Chunk(int64_t start, int64_t count);
   void FinishLayer();
   void BeginOffload();
@@ -100,14 +122,17 @@ class PrefillJob {
   Workspace& w_;
   Sequence& sequence_;
   model::Activations& a_;
+  const int64_t part_;
+  int64_t begin_ = 0, end_ = 0;  // of the part
   int32_t layer_ = 0;
   int64_t next_ = 0;  // first position of the next chunk
   std::unique_ptr<gpu::Buffer> hidden_memory_, kv_memory_, packed_memory_, codes_memory_;
-  gpu::Tensor hidden_;
+  gpu::Tensor hidden_;          // of the part
   gpu::Tensor packed_, codes_;  // of a piece, by head
   std::vector<LayerKv> kv_;
   Offload offload_;
   Piece piece_;
+  std::unique_ptr<LayerReader> reader_;  // of earlier parts; null where none left for hosts
 };
 
 // One decode step of a micro-batch: a state machine that never blocks on a host's reply (though

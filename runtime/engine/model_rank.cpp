@@ -1,5 +1,7 @@
 #include "runtime/engine/model_rank.h"
 
+#include <spdlog/spdlog.h>
+
 #include <algorithm>
 #include <limits>
 
@@ -70,17 +72,20 @@ void ModelRank::CreateKvPool() {
   // A twentieth stays for what kernels allocate for themselves.
   uint64_t left = take(budget, device_.allocated_bytes()) / 20 * 19;
   left = take(left, max_batch * MeansBytes());
-  // Prefill holds a layer of a whole prompt: of the longest, or as much as half of what is left.
-  const uint64_t fixed = PrefillJob::FixedBytes(workspace_);
-  const uint64_t token = PrefillJob::BytesPerToken(workspace_);
-  const uint64_t prompt = std::min(context, take(left / 2, fixed) / token);
-  left = take(left, fixed + prompt * token);
+  // Prefill holds K and V of a layer of a whole prompt, and the hidden states of a part: of the
+  // longest, or as much as half of what is left.
+  const PrefillJob::Memory prefill = PrefillJob::MemoryOf(workspace_);
+  const uint64_t room = take(left / 2, prefill.fixed);
+  const uint64_t part = std::min(context, PartTokens(room, prefill));
+  const uint64_t prompt =
+      std::min(context, take(room, part * prefill.part_token) / prefill.prompt_token);
+  left = take(left, prefill.fixed + part * prefill.part_token + prompt * prefill.prompt_token);
   // No more than a full batch of the longest requests needs.
   const uint64_t wanted =
       static_cast<uint64_t>(workspace_.PagesFor(job_.model.context_length)) * max_batch;
   const uint64_t pages =
       std::min({left / page_bytes, wanted, uint64_t{std::numeric_limits<int32_t>::max()}});
-  if (pages == 0 || prompt == 0) {
+  if (pages == 0 || prompt == 0 || part == 0) {
     throw Error(ErrorClass::kMemory, "model rank " + std::to_string(job_.self.value) + ": of " +
                                          std::to_string(budget) +
                                          " bytes of memory, weights and activations take " +
@@ -89,9 +94,21 @@ void ModelRank::CreateKvPool() {
   }
   // Plans are the same on every model rank, and so is what they may ask for.
   total_pages_ = static_cast<int64_t>(LeastOfRanks(pages));
+  part_ = static_cast<int64_t>(LeastOfRanks(part));
   max_prompt_ = static_cast<int64_t>(LeastOfRanks(prompt));
   pages_ = KvPages(static_cast<int32_t>(total_pages_));
   device_.CreateKvPool(shape, static_cast<int32_t>(total_pages_));
+}
+
+uint64_t ModelRank::PartTokens(uint64_t room, const PrefillJob::Memory& prefill) const {
+  const config::Engine& engine = job_.config.engine();
+  const uint64_t asked = engine.prefill_part();
+  if (asked > 0) return std::max<uint64_t>(asked, engine.prefill_chunk());
+  // Whole prompts; where not all fit, parts of half as many tokens, which leaves K and V more room.
+  // Tokens must not depend on memory where they are to be the same anywhere: the mean of keys does.
+  const uint64_t whole = room / (prefill.part_token + prefill.prompt_token);
+  const auto context = static_cast<uint64_t>(job_.model.context_length);
+  return whole >= context || job_.deterministic() ? whole : whole / 2;
 }
 
 uint64_t ModelRank::MeansBytes() const {
@@ -259,7 +276,12 @@ void ModelRank::Prefill(uint64_t id, uint32_t steps, TokenHandler* handler) {
   if (live.sequence->tokens > 0) return;  // done
   // One request prefills at a time, so only one holds a layer's K and V of a whole prompt.
   if (!live.prefill) {
-    live.prefill = std::make_unique<PrefillJob>(workspace_, *live.sequence, *prefill_activations_);
+    const auto tokens = static_cast<int64_t>(live.sequence->prompt.size());
+    if (tokens > part_ && collectives_.rank() == 0) {
+      spdlog::info("request {}: {} tokens are prefilled in parts of {} tokens", id, tokens, part_);
+    }
+    live.prefill =
+        std::make_unique<PrefillJob>(workspace_, *live.sequence, *prefill_activations_, part_);
   }
   for (uint32_t i = 0; i < steps && live.prefill;) {
     Pump(0);

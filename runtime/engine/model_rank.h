@@ -58,6 +58,8 @@ class ModelRank {
 
   void CreateKvPool();
   void WarmUp();
+  // Tokens of a prompt that prefill takes through the layers at a time.
+  uint64_t PartTokens(uint64_t room, const PrefillJob::Memory& prefill) const;
   uint64_t MeansBytes() const;
   uint64_t LeastOfRanks(uint64_t value) const;
   void Admit(const cluster::proto::StepPlan::Admit& admit);
@@ -76,6 +78,7 @@ class ModelRank {
   std::unique_ptr<model::Activations> prefill_activations_;
   std::vector<std::unique_ptr<MicroBatch>> micro_batches_;
   int64_t total_pages_ = 0;
+  int64_t part_ = 0;  // see PartTokens
   int64_t max_prompt_ = 0;
   KvPages pages_{0};
   std::map<uint64_t, Live> sequences_;

@@ -44,15 +44,12 @@ int64_t PieceRows(const Workspace& w) {
 
 }  // namespace
 
-uint64_t PrefillJob::BytesPerToken(const Workspace& w) {
+PrefillJob::Memory PrefillJob::MemoryOf(const Workspace& w) {
   const uint64_t layers = Offloads(w) ? 2 : 1;
-  return static_cast<uint64_t>(w.job.model.hidden) * sizeof(float) + layers * KvBytes(w);
-}
-
-uint64_t PrefillJob::FixedBytes(const Workspace& w) {
-  const uint64_t padding = static_cast<uint64_t>(gpu::kCausalPadding) * 2 * KvBytes(w);
-  if (!Offloads(w)) return padding;
-  return padding + static_cast<uint64_t>(PieceRows(w)) * (KvBytes(w) + CodeBytes(w));
+  Memory m{static_cast<uint64_t>(w.job.model.hidden) * sizeof(float), layers * KvBytes(w),
+           static_cast<uint64_t>(gpu::kCausalPadding) * 2 * KvBytes(w)};
+  if (Offloads(w)) m.fixed += static_cast<uint64_t>(PieceRows(w)) * (KvBytes(w) + CodeBytes(w));
+  return m;
 }
 
 std::unique_ptr<StagingRing> PrefillJob::MakePieces(const Workspace& w) {
@@ -63,13 +60,14 @@ std::unique_ptr<StagingRing> PrefillJob::MakePieces(const Workspace& w) {
                                        std::clamp(kRingBytes / bytes, kLeastPieces, kMostPieces));
 }
 
-PrefillJob::PrefillJob(Workspace& workspace, Sequence& sequence, model::Activations& activations)
-    : w_(workspace), sequence_(sequence), a_(activations) {
-  const auto n = static_cast<int64_t>(sequence_.prompt.size());
+PrefillJob::PrefillJob(Workspace& workspace, Sequence& sequence, model::Activations& activations,
+                       int64_t part)
+    : w_(workspace), sequence_(sequence), a_(activations), part_(part) {
+  const int64_t n = tokens();
   const auto cols = static_cast<int64_t>(w_.kv_cols());
-  const int64_t hidden = w_.job.model.hidden;
-  hidden_memory_ = w_.device.Allocate(static_cast<size_t>(n * hidden) * sizeof(float));
-  hidden_ = Matrix(hidden_memory_->data(), gpu::DType::kF32, n, hidden);
+  const int64_t hidden = w_.job.model.hidden, most = std::min(n, part_);
+  hidden_memory_ = w_.device.Allocate(static_cast<size_t>(most * hidden) * sizeof(float));
+  hidden_ = Matrix(hidden_memory_->data(), gpu::DType::kF32, most, hidden);
   const int64_t rows = Padded(n);
   kv_.resize(Offloads(w_) ? 2 : 1);
   kv_memory_ = w_.device.Allocate(2 * kv_.size() * static_cast<size_t>(rows * cols) * sizeof(bf16));
@@ -80,41 +78,91 @@ PrefillJob::PrefillJob(Workspace& workspace, Sequence& sequence, model::Activati
       memory += rows * cols;
     }
   }
+  end_ = most;
   if (!Offloads(w_)) return;
   const gpu::AttentionShape shape = w_.transformer.attention_shape();
   const int64_t piece = std::min(n, PieceRows(w_));
   packed_memory_ = w_.device.Allocate(static_cast<size_t>(piece) * KvBytes(w_));
   packed_ = Matrix(packed_memory_->data(), gpu::DType::kBf16, piece * shape.kv_heads,
                    2 * int64_t{shape.head_dim});
+  if (n > part_) {
+    reader_ = std::make_unique<LayerReader>(*w_.link, w_.device, sequence_.hosted, shape, piece);
+  }
   if (!w_.job.lsh()) return;
   codes_memory_ = w_.device.Allocate(static_cast<size_t>(piece) * CodeBytes(w_));
   codes_ = Matrix(codes_memory_->data(), gpu::DType::kU16, piece * shape.kv_heads,
                   w_.job.wire_shape().l);
 }
 
-bool PrefillJob::Blocked() const { return w_.pieces && !w_.pieces->any_free(); }
+bool PrefillJob::Blocked() {
+  if (w_.pieces && !w_.pieces->any_free()) return true;
+  return reader_ && next_ == begin_ && !reader_->Advance();
+}
 
 bool PrefillJob::Step() {
   if (Blocked()) return false;
-  const auto n = static_cast<int64_t>(sequence_.prompt.size());
-  const int64_t count = std::min<int64_t>(w_.job.config.engine().prefill_chunk(), n - next_);
+  if (next_ == begin_ && begin_ > 0) BeginLayer();
+  const int64_t count = std::min<int64_t>(w_.job.config.engine().prefill_chunk(), end_ - next_);
   Chunk(next_, count);
+  if (reader_) reader_->Advance();
   NextPiece();
   next_ += count;
-  if (next_ < n) return false;
+  if (next_ < end_) return false;
   FinishLayer();
-  next_ = 0;
+  next_ = begin_;
   if (++layer_ < w_.job.model.layers) return false;
   while (offload_.open || piece_.copied) NextPiece();
+  if (end_ < tokens()) {
+    BeginPart(end_);
+    return false;
+  }
   w_.transformer.Logits(a_, a_.n - 1, 1);
-  sequence_.tokens = n;
+  sequence_.tokens = tokens();
   return true;
+}
+
+// The first decode step needs one token more on the hosts than the prompt offloads.
+int64_t PrefillJob::OffloadedBefore(int64_t position) const {
+  const auto sinks = static_cast<int64_t>(w_.job.config.attention().sinks());
+  const auto all = static_cast<int64_t>(w_.job.Offloaded(static_cast<uint64_t>(tokens()) + 1));
+  return std::clamp<int64_t>(position - sinks, 0, all);
+}
+
+void PrefillJob::BeginPart(int64_t begin) {
+  begin_ = next_ = begin;
+  end_ = std::min(tokens(), begin + part_);
+  layer_ = 0;
+  if (reader_) ReadBack(0);
+}
+
+// Rows [sinks, …) of the layer's K and V, as far as hosts have them.
+void PrefillJob::ReadBack(int32_t layer) {
+  const int64_t count = Resident(layer) ? 0 : OffloadedBefore(begin_);
+  const LayerKv& kv = Kv(layer);
+  const int64_t first = count > 0 ? int64_t{w_.job.config.attention().sinks()} : 0;
+  reader_->Begin(layer, count, kv.k.Rows(first, count), kv.v.Rows(first, count));
+}
+
+// What of earlier parts is on the device comes from its pages; what hosts have is here, and the
+// next layer's is asked for.
+void PrefillJob::BeginLayer() {
+  const LayerKv& kv = Kv(layer_);
+  const auto layer = static_cast<size_t>(layer_);
+  std::vector<int64_t> slots;
+  for (const auto& [begin, end] : w_.Kept(layer_, begin_, tokens())) {
+    if (begin == end) continue;
+    slots.clear();
+    for (int64_t p = begin; p < end; ++p) slots.push_back(w_.SlotOf(layer_, p));
+    w_.device.LoadKv(sequence_.pages[layer], slots, kv.k.Rows(begin, end - begin),
+                     kv.v.Rows(begin, end - begin));
+  }
+  if (reader_ && layer_ + 1 < w_.job.model.layers) ReadBack(layer_ + 1);
 }
 
 void PrefillJob::Chunk(int64_t start, int64_t count) {
   std::vector<int64_t> positions(static_cast<size_t>(count));
   std::iota(positions.begin(), positions.end(), start);
-  a_.hidden = hidden_.Rows(start, count);
+  a_.hidden = hidden_.Rows(start - begin_, count);
   if (layer_ == 0) {
     w_.transformer.Embed(a_, std::span(sequence_.prompt)
                                  .subspan(static_cast<size_t>(start), static_cast<size_t>(count)));
@@ -127,55 +175,46 @@ void PrefillJob::Chunk(int64_t start, int64_t count) {
   w_.device.Convert(a_.v.Rows(0, count), kv.v.Rows(start, count));
   // Of the last layer only the last position is read on.
   const bool last_layer = layer_ + 1 == w_.job.model.layers;
-  if (last_layer && start + count < static_cast<int64_t>(sequence_.prompt.size())) return;
+  if (last_layer && start + count < tokens()) return;
   w_.device.CausalAttention(w_.transformer.attention_shape(), a_.q.Rows(0, count), kv.k, kv.v,
                             start, w_.job.model.sliding_window, a_.attention.Rows(0, count));
   w_.transformer.AfterAttention(layer_, a_);
 }
 
 void PrefillJob::FinishLayer() {
-  const auto n = static_cast<int64_t>(sequence_.prompt.size());
   const auto layer = static_cast<size_t>(layer_);
   const LayerKv& kv = Kv(layer_);
   std::vector<int64_t> slots;
-  int64_t first = 0;  // positions [0, sinks) and [first, n) stay on the device
-  int64_t sinks = 0;
-  if (w_.kinds[layer] != Job::LayerKind::kResident) {
-    sinks = std::min<int64_t>(n, w_.job.config.attention().sinks());
-    first = std::max(sinks, n - w_.job.config.attention().window());
-  } else if (w_.job.sliding()) {
-    first = std::max<int64_t>(0, n - w_.job.model.sliding_window);
-  }
-  for (const auto& [begin, end] : {std::pair{int64_t{0}, sinks}, std::pair{first, n}}) {
-    if (begin == end) continue;
+  for (const auto& [from, end] : w_.Kept(layer_, end_, tokens())) {
+    const int64_t begin = std::max(from, begin_);
+    if (begin >= end) continue;
     slots.clear();
     for (int64_t p = begin; p < end; ++p) slots.push_back(w_.SlotOf(layer_, p));
     w_.device.StoreKv(sequence_.pages[layer], slots, kv.k.Rows(begin, end - begin),
                       kv.v.Rows(begin, end - begin));
   }
   while (offload_.open) NextPiece();  // of the layer before
-  if (w_.kinds[layer] != Job::LayerKind::kResident) BeginOffload();
+  if (!Resident(layer_)) BeginOffload();
 }
 
 void PrefillJob::BeginOffload() {
-  const auto n = static_cast<uint64_t>(sequence_.prompt.size());
-  // What the first decode step needs on the hosts: one token more than the prompt offloads.
-  offload_ = {layer_, static_cast<int64_t>(w_.job.Offloaded(n + 1)), 0,
-              w_.kinds[static_cast<size_t>(layer_)] == Job::LayerKind::kSampled && w_.job.lsh(),
-              false};
-  if (!offload_.codes) {
-    offload_.open = offload_.tokens > 0;
-    return;
-  }
-  offload_.open = !sequence_.hosted.segments.empty();
-  if (!offload_.open) return;
-  const gpu::Tensor mean = w_.Means(sequence_, layer_);
-  if (const auto prompt = static_cast<int64_t>(w_.job.Offloaded(n)); prompt > 0) {
+  const bool codes =
+      w_.kinds[static_cast<size_t>(layer_)] == Job::LayerKind::kSampled && w_.job.lsh();
+  offload_ = {layer_, OffloadedBefore(end_), OffloadedBefore(begin_), codes, false};
+  // The mean goes before the first token, and where there is none yet, for those of decode.
+  const bool mean = codes && offload_.done == 0 && !sequence_.hosted.segments.empty() &&
+                    (offload_.tokens > 0 || end_ == tokens());
+  offload_.open = mean || offload_.done < offload_.tokens;
+  if (!mean) return;
+  const gpu::Tensor to = w_.Means(sequence_, layer_);
+  const int64_t keys = std::min(
+      offload_.tokens, static_cast<int64_t>(w_.job.Offloaded(static_cast<uint64_t>(tokens()))));
+  if (keys > 0) {
     const auto sinks = static_cast<int64_t>(w_.job.config.attention().sinks());
-    w_.device.ColumnMean(Kv(layer_).k.Rows(sinks, prompt), mean);
+    w_.device.ColumnMean(Kv(layer_).k.Rows(sinks, keys), to);
   } else {
     const std::vector<float> zeros(w_.kv_cols());
-    w_.device.CopyToDevice(mean.data, zeros.data(), zeros.size() * sizeof(float));
+    w_.device.CopyToDevice(to.data, zeros.data(), zeros.size() * sizeof(float));
     w_.device.Record()->Wait();
   }
 }

@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "runtime/base/checked_math.h"
 #include "runtime/engine/executor.h"
 
@@ -18,6 +20,17 @@ int64_t Workspace::SlotsOf(int32_t layer, int64_t tokens) const {
   }
   return std::min<int64_t>(tokens,
                            job.config.attention().sinks() + job.config.attention().window());
+}
+
+std::array<std::pair<int64_t, int64_t>, 2> Workspace::Kept(int32_t layer, int64_t end,
+                                                           int64_t prompt) const {
+  if (kinds[static_cast<size_t>(layer)] == Job::LayerKind::kResident) {
+    const int64_t first = job.sliding() ? std::max<int64_t>(0, end - job.model.sliding_window) : 0;
+    return {{{0, 0}, {first, end}}};
+  }
+  const int64_t sinks = std::min<int64_t>(end, job.config.attention().sinks());
+  const int64_t first = std::max<int64_t>(sinks, prompt - job.config.attention().window());
+  return {{{0, sinks}, {std::min(first, end), end}}};
 }
 
 int64_t Workspace::PagesFor(int32_t layer, int64_t tokens) const {

@@ -85,6 +85,8 @@ TEST(SlidingWindow, DecodingGivesWhatPrefillGives) {
     later["body"]["prompt"] = longer;
     job.requests.push_back(later);
   }
+  // In parts, which read the window before them from the device.
+  job.settings.push_back("engine.prefill_part=70");
   job.name = "later";
   job.hosts = 1;  // has nothing to do
   const JobResult later = RunJobOk(directory, job);
@@ -96,6 +98,7 @@ TEST(SlidingWindow, DecodingGivesWhatPrefillGives) {
   }
   EXPECT_GE(compared, 100);
   EXPECT_EQ(later.summary["hosts"][0]["kv_bytes"], 0);
+  EXPECT_NE(later.process.err.find("in parts of 70 tokens"), std::string::npos);
 
   // The window decides: the model without it says something else.
   job.settings = {"engine.prefill_chunk=64", "gpu.backend=CPU"};

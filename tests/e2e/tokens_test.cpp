@@ -47,6 +47,25 @@ class Tokens : public testing::Test {
     RecordProperty("largest_error", std::to_string(error));
   }
 
+  void ExpectSampled(const JobResult& result) {
+    for (const json& request : requests_) {
+      const std::string id = request["custom_id"];
+      EXPECT_EQ(result.Choice(id)["token_ids"].size(), static_cast<size_t>(kTokens));
+      EXPECT_FALSE(result.Choice(id)["text"].get<std::string>().empty());
+      const double fraction = result.Usage(id)["sampled_fraction"];
+      EXPECT_GT(fraction, 0.0);
+      EXPECT_LT(fraction, 0.5);
+    }
+    EXPECT_GT(result.summary["sampled_fraction"], 0.0);
+    EXPECT_LT(result.summary["sampled_fraction"], 0.5);
+    EXPECT_GT(result.summary["tokens_per_second"], 0.0);
+    ASSERT_EQ(result.summary["hosts"].size(), 2u);
+    for (const json& host : result.summary["hosts"]) {
+      EXPECT_GT(host["kv_bytes"], 0);
+      EXPECT_GT(host["table_bytes"], 0);
+    }
+  }
+
   TempDirectory directory_;
   std::vector<json> requests_;
 };
@@ -108,28 +127,45 @@ TEST_F(Tokens, TwoThreeAndFourModelRanksGiveThoseOfOne) {
   }
 }
 
+// Parts read K and V of those before them back from hosts, and from the device what is kept there.
+TEST_F(Tokens, PromptsInPartsGiveThoseOfWholeOnes) {
+  const JobResult alone = ModelRankAlone();
+  const std::vector<std::string> parts = {"engine.prefill_chunk=48", "engine.prefill_part=130"};
+  const std::vector<std::string> some_dense = {"attention.estimator=FULL",
+                                               "attention.exact_below=0", "host.block_tokens=256"};
+  const struct {
+    const char* name;
+    int model_ranks, hosts;
+    std::vector<std::string> settings;
+  } jobs[] = {{"alone_in_parts", 1, 0, {}},
+              {"hosts", 1, 2, AllThroughHosts("FULL")},
+              {"some_dense", 1, 2, some_dense},
+              {"two_model_ranks", 2, 2, With(some_dense, {"cluster.placement=SEQUENCE"})}};
+  for (const auto& [name, model_ranks, hosts, settings] : jobs) {
+    SCOPED_TRACE(name);
+    Job job;
+    job.requests = requests_;
+    job.name = name;
+    job.model_ranks = model_ranks;
+    job.hosts = hosts;
+    job.settings = With(settings, parts);
+    const JobResult result = RunJobOk(directory_, job);
+    ExpectSame(alone, result);
+    EXPECT_NE(result.process.err.find("in parts of 130 tokens"), std::string::npos)
+        << result.process.err;
+  }
+}
+
 TEST_F(Tokens, LshSamplesAFewTokensAndGenerates) {
   Job job;
   job.requests = requests_;
   job.hosts = 2;
   job.settings = AllThroughHosts("LSH");
-  const JobResult result = RunJobOk(directory_, job);
-  for (const json& request : requests_) {
-    const std::string id = request["custom_id"];
-    EXPECT_EQ(result.Choice(id)["token_ids"].size(), static_cast<size_t>(kTokens));
-    EXPECT_FALSE(result.Choice(id)["text"].get<std::string>().empty());
-    const double fraction = result.Usage(id)["sampled_fraction"];
-    EXPECT_GT(fraction, 0.0);
-    EXPECT_LT(fraction, 0.5);
-  }
-  EXPECT_GT(result.summary["sampled_fraction"], 0.0);
-  EXPECT_LT(result.summary["sampled_fraction"], 0.5);
-  EXPECT_GT(result.summary["tokens_per_second"], 0.0);
-  ASSERT_EQ(result.summary["hosts"].size(), 2u);
-  for (const json& host : result.summary["hosts"]) {
-    EXPECT_GT(host["kv_bytes"], 0);
-    EXPECT_GT(host["table_bytes"], 0);
-  }
+  ExpectSampled(RunJobOk(directory_, job));
+  // The mean of the keys is the first part's.
+  job.name = "parts";
+  job.settings = With(job.settings, {"engine.prefill_chunk=48", "engine.prefill_part=130"});
+  ExpectSampled(RunJobOk(directory_, job));
 }
 
 }  // namespace

@@ -209,7 +209,7 @@ TEST(Add, Adds) {
   EXPECT_THROW(device->Add(into.tensor, delta.tensor.Rows(2, 2)), Error);
 }
 
-TEST(PackKv, PutsHeadsOneBehindTheOther) {
+TEST(PackKv, PutsHeadsOneBehindTheOtherAndUnpackKvBack) {
   const auto device = MakeDevice();
   Random random(6);
   for (const auto& [n, heads, dim] :
@@ -237,6 +237,19 @@ TEST(PackKv, PutsHeadsOneBehindTheOther) {
         }
       }
     }
+    DeviceMatrix k2(*device, DType::kBf16, n, cols), v2(*device, DType::kBf16, n, cols, 6);
+    device->UnpackKv(packed.tensor, k2.tensor, v2.tensor);
+    EXPECT_EQ(k2.Get(), x);
+    EXPECT_EQ(v2.Get(), y);
+    // From staging memory; head 0's row 0 has changed since.
+    static_cast<bf16*>(host->data())[dim] = ToBf16(0.25f);
+    device->UnpackKv({host->data(), DType::kBf16, n * heads, 2 * dim, 2 * dim}, k2.tensor,
+                     v2.tensor);
+    auto changed = y;
+    changed[0] = 0.25f;
+    EXPECT_EQ(k2.Get(), x);
+    EXPECT_EQ(v2.Get(), changed);
+    EXPECT_THROW(device->UnpackKv(packed.tensor.Rows(0, 1), k2.tensor, v2.tensor), Error);
     EXPECT_THROW(device->PackKv(k.tensor, v.tensor, packed.tensor.Rows(0, 1)), Error);
     EXPECT_THROW(device->PackKv(k.tensor, v.tensor.Cols(0, dim / 2), packed.tensor), Error);
   }
