@@ -204,7 +204,7 @@ TEST(KvRead, FramesHoldOneReplyEach) {
 // Forgotten reads write nothing, and nobody waits for their answers.
 TEST(KvRead, ForgottenReadsAreDropped) {
   JobSpec spec = Spec(2);
-  spec.settings.back() = "cluster.failure_timeout_s=1";
+  spec.settings.back() = "cluster.failure_timeout_s=2";
   WireModel model(spec);
   const HostedRequest hosted = model.Open(1, PlacementMode::kSequence, kPrompt, kGenerated);
   const uint64_t tokens = Tokens(model);
@@ -230,7 +230,7 @@ TEST(KvRead, ForgottenReadsAreDropped) {
   cluster::proto::Control release;
   release.mutable_release()->set_request(1);
   model.link().SendControlToAll(release);
-  const auto end = std::chrono::steady_clock::now() + milliseconds(1500);
+  const auto end = std::chrono::steady_clock::now() + milliseconds(2500);
   while (std::chrono::steady_clock::now() < end) model.link().Pump(milliseconds(10));
   EXPECT_EQ(model.link().dropped(), late);
 }
