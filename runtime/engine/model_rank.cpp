@@ -102,11 +102,12 @@ void ModelRank::CreateKvPool() {
 
 uint64_t ModelRank::PartTokens(uint64_t room, const PrefillJob::Memory& prefill) const {
   const config::Engine& engine = job_.config.engine();
-  const uint64_t asked = engine.prefill_part();
-  if (asked > 0) return std::max<uint64_t>(asked, engine.prefill_chunk());
   // Whole prompts; where not all fit, parts of half as many tokens, which leaves K and V more room.
   // Tokens must not depend on memory where they are to be the same anywhere: the mean of keys does.
   const uint64_t whole = room / (prefill.part_token + prefill.prompt_token);
+  if (const uint64_t asked = engine.prefill_part(); asked > 0) {
+    return std::min<uint64_t>(whole, std::max(asked, uint64_t{engine.prefill_chunk()}));
+  }
   const auto context = static_cast<uint64_t>(job_.model.context_length);
   return whole >= context || job_.deterministic() ? whole : whole / 2;
 }

@@ -293,10 +293,15 @@ void Transformer::Between(int32_t layer, Activations& a) const {
   const Impl& m = *impl_;
   a.Resize(a.n);
   Check(layer >= 0 && layer <= m.config.layers, "Between: layer");
-  m.device.Replay(a.recordings[{layer, a.n}], m.collectives, [&] {
+  const auto issue = [&] {
     if (layer > 0) AfterAttention(layer - 1, a);
     if (layer < m.config.layers) BeforeAttention(layer, a);
-  });
+  };
+  // More rows keep a device busy for longer than issuing takes, and there are as many recordings as
+  // numbers of rows.
+  constexpr int64_t kMostRecordedRows = 32;
+  if (a.n > kMostRecordedRows) return issue();
+  m.device.Replay(a.recordings[{layer, a.n}], m.collectives, issue);
 }
 
 void Transformer::Logits(Activations& a, int64_t first, int64_t count) const {
