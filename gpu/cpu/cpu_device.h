@@ -102,8 +102,6 @@ class CpuDevice final : public Device {
   int32_t hash_dim_ = 0, hash_bits_ = 0, hash_tables_ = 0;
   std::unique_ptr<PanelMatrix> projections_;
 
-  // Cosines and sines of the last positions: the layers of a pass share them.
-
   Scratch decode_scratch_, attention_scratch_, hash_scratch_;
   tbb::enumerable_thread_specific<Scratch> row_scratch_, score_scratch_, weight_scratch_;
 };

@@ -138,8 +138,11 @@ void NcclCollectives::WatchdogLoop(const std::stop_token& stop) {
       wake_.wait_for(lock, stop, std::chrono::milliseconds(5), [] { return false; });
       continue;
     }
+    // Aborting waits until graphs with collectives are gone, whose owners must hear of the failure.
+    lock.unlock();
     if (peers_) peers_->Abandon();
     ncclCommAbort(comm_);
+    return;
   }
 }
 

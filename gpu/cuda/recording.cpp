@@ -20,6 +20,7 @@ class CudaRecording final : public Recording {
 
   bool never = false;  // a chain of products, which is one kernel and takes turns
   cudaGraphExec_t graph = nullptr;
+  std::weak_ptr<CudaWeight> last;  // multiplied
 };
 
 }  // namespace
@@ -74,9 +75,13 @@ void CudaDevice::Replay(std::unique_ptr<Recording>& recording, Collectives& rank
     return;
   }
   if (known->never) return issue();
-  if (known->graph == nullptr) known->graph = RecordGraph(issue);
+  if (known->graph == nullptr) {
+    known->graph = RecordGraph(issue);
+    known->last = last_weight_;
+  }
   ranks.ThrowIfFailed();
   CheckCuda(cudaGraphLaunch(known->graph, IssueTo()), "cudaGraphLaunch");
+  last_weight_ = known->last;
   if (ranks.size() > 1) ranks.IssuedAgain();
 }
 

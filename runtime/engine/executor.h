@@ -106,6 +106,8 @@ class PrefillJob {
   bool Resident(int32_t layer) const {
     return w_.kinds[static_cast<size_t>(layer)] == Job::LayerKind::kResident;
   }
+  // Of the last layer only the last position is read on.
+  bool Attends(int32_t layer) const { return layer + 1 < w_.job.model.layers || end_ == tokens(); }
   // Tokens of [0, position) that hosts have once all of them are computed.
   int64_t OffloadedBefore(int64_t position) const;
   void BeginPart(int64_t begin);

@@ -9,7 +9,7 @@ namespace {
 
 // Of reads that wait.
 constexpr uint64_t kMaxWaitingBytes = uint64_t{16} << 20;
-// Of replies under way: enough for any link. One may always go.
+// Of replies under way to a rank: enough for any link. One may always go.
 constexpr uint64_t kMostUnderWay = uint64_t{32} << 20;
 // What is kept for them: the usual reply is 4 MiB, and blocks of one size never make way for
 // others, which peers would keep mapped.
@@ -48,22 +48,29 @@ bool KvReadServer::Take(const transport::FrameHeader& header, cluster::PayloadPi
   return true;
 }
 
+const std::shared_ptr<std::atomic<uint64_t>>& KvReadServer::UnderWay(int32_t reader) {
+  auto& bytes = under_way_[reader];
+  if (bytes == nullptr) bytes = std::make_shared<std::atomic<uint64_t>>(0);
+  return bytes;
+}
+
 void KvReadServer::Advance() {
-  while (!queue_.empty()) {
-    const uint64_t bytes = queue_.front().tokens() * 2 * shape_.head_dim * sizeof(bf16);
-    const uint64_t others = *under_way_;
-    if (others > 0 && others + bytes > kMostUnderWay) return;
-    std::list<Read> first;
-    first.splice(first.end(), queue_, queue_.begin());
-    bytes_ -= first.front().bytes();
+  for (auto next = queue_.begin(); next != queue_.end();) {
+    const auto read = next++;
+    const uint64_t bytes = read->tokens() * 2 * shape_.head_dim * sizeof(bf16);
+    const uint64_t others = *UnderWay(read->header.source);
+    if (others > 0 && others + bytes > kMostUnderWay) continue;
+    std::list<Read> one;
+    one.splice(one.end(), queue_, read);
+    bytes_ -= read->bytes();
     try {
-      if (Start(first.front())) continue;
+      if (Start(*read)) continue;
     } catch (const std::exception& e) {  // no memory
-      dropped_(first.front().header, e.what());
+      dropped_(read->header, e.what());
       continue;
     }
-    bytes_ += first.front().bytes();
-    waiting_.splice(waiting_.end(), first);
+    bytes_ += read->bytes();
+    waiting_.splice(waiting_.end(), one);
   }
 }
 
@@ -83,11 +90,11 @@ void KvReadServer::Forget(RequestId request) {
   }
 }
 
-std::shared_ptr<float> KvReadServer::TakeMemory(uint64_t bytes) {
+std::shared_ptr<float> KvReadServer::TakeMemory(int32_t reader, uint64_t bytes) {
   auto memory = replies_.Take(bytes / sizeof(float));
   float* const rows = memory.get();
-  *under_way_ += bytes;
-  return {rows, [memory = std::move(memory), under_way = under_way_, bytes](float*) mutable {
+  *UnderWay(reader) += bytes;
+  return {rows, [memory = std::move(memory), under_way = UnderWay(reader), bytes](float*) mutable {
             memory.reset();
             *under_way -= bytes;
           }};
@@ -95,7 +102,7 @@ std::shared_ptr<float> KvReadServer::TakeMemory(uint64_t bytes) {
 
 bool KvReadServer::Start(const Read& read) {
   const size_t row = 2 * size_t{shape_.head_dim};
-  const auto memory = TakeMemory(read.tokens() * row * sizeof(bf16));
+  const auto memory = TakeMemory(read.header.source, read.tokens() * row * sizeof(bf16));
   auto* rows = reinterpret_cast<bf16*>(memory.get());
   std::vector<host::ReadSpan> spans;
   spans.reserve(read.entries.size());

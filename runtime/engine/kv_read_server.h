@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <functional>
 #include <list>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -50,7 +51,9 @@ class KvReadServer {
   // The rows lie one behind the other, in `memory`; none where the status is not kOk. From any
   // thread.
   void Reply(const Read& read, host::Status status, std::shared_ptr<float> memory);
-  std::shared_ptr<float> TakeMemory(uint64_t bytes);
+  std::shared_ptr<float> TakeMemory(int32_t reader, uint64_t bytes);
+  // Of replies to this rank.
+  const std::shared_ptr<std::atomic<uint64_t>>& UnderWay(int32_t reader);
 
   transport::Channel& channel_;
   const cluster::WireShape shape_;
@@ -61,8 +64,9 @@ class KvReadServer {
   std::list<Read> queue_;    // wait for room
   std::list<Read> waiting_;  // for tokens
   uint64_t bytes_ = 0;       // of both
-  // Of replies' rows until they are sent, which may be after this is gone.
-  std::shared_ptr<std::atomic<uint64_t>> under_way_ = std::make_shared<std::atomic<uint64_t>>(0);
+  // By asking rank, of replies' rows until they are sent, which may be after this is gone. A rank
+  // may be unable to fetch its own until another has had its rows.
+  std::map<int32_t, std::shared_ptr<std::atomic<uint64_t>>> under_way_;
   std::atomic<int> copying_ = 0;
 };
 

@@ -12,8 +12,8 @@ namespace {
 constexpr uint64_t kFrameBytes = uint64_t{4} << 20;
 // What says where they lie must fit a referral.
 constexpr size_t kFrameEntries = 512;
-// Frames that a host is asked for at once: while one travels, others are copied. A host is heard of
-// with each, however long the whole read takes.
+// Frames of a read that a host is asked for at once: while one travels, others are copied. A host
+// is heard of with each, however long the whole read takes.
 constexpr int kFramesAhead = 4;
 
 uint64_t ReadTicket(uint64_t number) { return KvReader::kTicketBit | number; }

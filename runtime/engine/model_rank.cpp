@@ -77,8 +77,11 @@ void ModelRank::CreateKvPool() {
   const PrefillJob::Memory prefill = PrefillJob::MemoryOf(workspace_);
   const uint64_t room = take(left / 2, prefill.fixed);
   const uint64_t part = std::min(context, PartTokens(room, prefill));
-  const uint64_t prompt =
-      std::min(context, take(room, part * prefill.part_token) / prefill.prompt_token);
+  uint64_t prompt = std::min(context, take(room, part * prefill.part_token) / prefill.prompt_token);
+  // What rounding leaves over is no reason for a second part.
+  if (job_.deterministic() && part == room / (prefill.part_token + prefill.prompt_token)) {
+    prompt = std::min(prompt, part);
+  }
   left = take(left, prefill.fixed + part * prefill.part_token + prompt * prefill.prompt_token);
   // No more than a full batch of the longest requests needs.
   const uint64_t wanted =

@@ -137,7 +137,7 @@ void PrefillJob::BeginPart(int64_t begin) {
 
 // Rows [sinks, …) of the layer's K and V, as far as hosts have them.
 void PrefillJob::ReadBack(int32_t layer) {
-  const int64_t count = Resident(layer) ? 0 : OffloadedBefore(begin_);
+  const int64_t count = Resident(layer) || !Attends(layer) ? 0 : OffloadedBefore(begin_);
   const LayerKv& kv = Kv(layer);
   const int64_t first = count > 0 ? int64_t{w_.job.config.attention().sinks()} : 0;
   reader_->Begin(layer, count, kv.k.Rows(first, count), kv.v.Rows(first, count));
@@ -150,7 +150,7 @@ void PrefillJob::BeginLayer() {
   const auto layer = static_cast<size_t>(layer_);
   std::vector<int64_t> slots;
   for (const auto& [begin, end] : w_.Kept(layer_, begin_, tokens())) {
-    if (begin == end) continue;
+    if (begin == end || !Attends(layer_)) continue;
     slots.clear();
     for (int64_t p = begin; p < end; ++p) slots.push_back(w_.SlotOf(layer_, p));
     w_.device.LoadKv(sequence_.pages[layer], slots, kv.k.Rows(begin, end - begin),
